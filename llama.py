@@ -67,7 +67,7 @@ LLAMAS = {
                               rope_theta=500000.0),
     "vicuna-7b": LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008, vocab_size=32000,
                              max_len=4096),
-    "tiny": LlamaConfig(dim=192, n_layers=6, n_heads=6, n_kv_heads=2, ffn_dim=512, vocab_size=264, max_len=2048,
+    "tiny": LlamaConfig(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=264, max_len=2048,
                         tied=True),
 }
 
@@ -642,10 +642,11 @@ def save_llama(model, folder, tokenizer_config=None):
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 # All have: encode(text) -> ids, never a special one; decode(ids) -> text, specials left out; bos_id (None: no such
-# token); stop_ids; special {name: id}.
+# token); stop_ids; special {name: id}; adds_space: whether encode puts a space before the text by itself.
 
 class ByteTokenizer:
     """Text as its UTF-8 bytes, ids 0-255, and a few specials behind them. What the tiny model reads."""
+    adds_space = False
     SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
 
     def __init__(self):
@@ -662,6 +663,7 @@ class ByteTokenizer:
 
 class Llama3Tokenizer:
     """Meta's tokenizer.model: one line a token, base64 and rank (llama3/tokenizer.py)."""
+    adds_space = False
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -713,6 +715,7 @@ class BytePairs:
 
 class SentencePieceTokenizer:
     """tokenizer.model of Llama-2 and Vicuna. Text goes in as data: a typed "</s>" is spelled out, not the token."""
+    adds_space = True
 
     def __init__(self, path):
         import sentencepiece
@@ -735,6 +738,7 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 class ByteLevelTokenizer:
     """tokenizer.json of a byte-level BPE model (Hugging Face Llama-3, SmolLM2), run by tiktoken."""
+    adds_space = False
 
     def __init__(self, path):
         t = read_json(path)

@@ -1,0 +1,296 @@
+"""
+Aquila: image -> ConvNeXt pyramid -> SFI -> image tokens -> Llama, with SFI again between its layers (MDA) -> text.
+(arXiv 2411.06074, Sec. 3, Figure 1)
+
+    python aquila.py --preset aquila-8b        # what flows where: shapes, parameters, what each stage trains
+
+Read next: sfi.py (the method), convnext.py, llama.py, train.py. Guesses where the paper is silent: grep ASSUMPTION.
+Shapes, the same in every file: B batch, T sequence, D LM width, C SFI width, L side of the query grid, N image tokens
+of an image, k window side at a scale, (c, H, W) a feature map, nh/nkv/hd heads.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
+from data import IGNORE, IMAGE_SLOT
+from llama import (LLAMAS, LORA_TARGETS, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_lora, fill, generate, load_llama,
+                   open_safetensors, read_json)
+from sfi import SFI, Concat, ConcatTokens, ImageTokens, Pyramid
+
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple = LORA_TARGETS           # ASSUMPTION: all linear layers of the LM's blocks
+
+
+@dataclass(frozen=True)
+class AquilaConfig:
+    vision: ConvNeXtConfig
+    llm: LlamaConfig
+    image_size: int = 1024                  # side in pixels, a multiple of 32
+    fit: str = "resize"                     # how an image becomes square: "resize" (the paper) or "letterbox"
+    dim: int = 1024                         # C
+    heads: int = 1                          # of every SFI
+    integration: str = "sfi"                # or "concat", the baseline of Table 5
+    mda_layers: tuple = tuple(range(0, 32, 4))      # SFI runs before these LM layers; () is no MDA. ASSUMPTION: every fourth
+    chat: str = "llama-3"
+    max_len: int = 4096                     # tokens of a prompt and its answer, image tokens included
+    lora: LoRAConfig | None = None
+    vision_file: str | None = None          # where the frozen parts lie
+    llm_dir: str | None = None
+
+    def __post_init__(self):
+        if self.image_size % 32 or self.image_size < 32:
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of 32")
+        if self.integration not in ("sfi", "concat"):
+            raise ValueError(f"integration {self.integration!r}: expected sfi or concat")
+        wrong = [i for i in self.mda_layers if not 0 <= i < self.llm.n_layers]
+        if wrong:
+            raise ValueError(f"mda_layers {wrong}: the LM has layers 0 to {self.llm.n_layers - 1}")
+
+    @property
+    def side(self):                         # L
+        return self.image_size // 32
+
+    @property
+    def image_tokens(self):                 # N
+        return self.side ** 2
+
+
+PRESETS = {
+    "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
+    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 2, 4), max_len=1024,
+                         vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
+}
+
+# Which parts a stage trains (Sec. 3.5); all else is frozen, the vision encoder and the LM's own weights always.
+TRAINS = {1: ("pyramid", "tokens", "mda"), 2: ("pyramid", "tokens", "mda", "lora")}
+
+
+class MDALayer(nn.Module):
+    """One SFI of the Multi-layer Deep Alignment (Sec. 3.4): hidden states at the image positions ask the pyramid again."""
+
+    def __init__(self, config):
+        super().__init__()
+        scales = len(config.vision.dims) if config.integration == "sfi" else 1
+        # ASSUMPTION: the paper is silent about norm and return. The query is RMS-normed; the way back starts at zero,
+        # so that training begins with the untouched LM; every MDA layer has its own weights.
+        self.norm = RMSNorm(config.llm.dim, config.llm.norm_eps)
+        self.sfi = SFI(config.llm.dim, config.dim, scales, config.llm.dim, config.heads)
+        nn.init.zeros_(self.sfi.wo.weight)
+
+    def forward(self, hidden, pyramid):     # (B, N, D), pyramid -> what is added to hidden
+        return self.sfi(self.norm(hidden), pyramid)
+
+
+class Aquila(nn.Module):
+    """config, and the loaded vision encoder and LM; those not given are built with random weights."""
+
+    def __init__(self, config, vision=None, llm=None):
+        super().__init__()
+        self.config = config
+        self.vision = vision or ConvNeXt(config.vision)
+        self.llm = llm or Llama(config.llm)
+        dims, C, D = config.vision.dims, config.dim, config.llm.dim
+        if config.integration == "sfi":
+            self.pyramid = Pyramid(dims, C)
+            self.tokens = ImageTokens(config.side, C, len(dims), D, config.heads)
+        else:
+            self.pyramid, self.tokens = Concat(dims, C), ConcatTokens(C, D)
+        self.mda = nn.ModuleDict({str(i): MDALayer(config) for i in config.mda_layers})
+        self.vision.requires_grad_(False)
+        self.llm.requires_grad_(False)
+        if config.lora:
+            apply_lora(self.llm, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
+
+    def trained(self):
+        """{name: parameter} of what is not part of the two published models: what a checkpoint holds."""
+        return {name: p for name, p in self.named_parameters() if part_of(name) not in ("vision", "llm")}
+
+    def look(self, images):
+        """images (n, 3, H, W) -> pyramid of windows, list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
+        with torch.no_grad():               # the vision encoder is frozen in every stage
+            maps = self.vision(images.to(next(self.vision.parameters()).dtype))
+        dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) \
+            else self.pyramid.projectors[0][0].weight.dtype
+        pyramid, grid = self.pyramid([m.to(dtype) for m in maps])
+        return pyramid, self.tokens(pyramid, grid)
+
+    def prepare(self, batch):
+        """-> the prompt's embeddings (B, T, D), and MDA's hook for the LM (None without images)."""
+        ids, images = batch["ids"], batch["images"]
+        x, slots = self.llm.embed(ids.clamp(min=0)), ids == IMAGE_SLOT
+        if images is None:
+            if slots.any():
+                raise ValueError(f"{int(slots.sum())} image slots in the prompts, but no image")
+            return x, None
+        pyramid, tokens = self.look(images)
+        n, N, D = tokens.shape
+        if slots.sum() != n * N:
+            raise ValueError(f"{int(slots.sum())} image slots in the prompts, {n} images of {N} tokens: cut prompt?")
+        x = x.masked_scatter(slots[..., None], tokens.to(x.dtype))                 # fill the slots, in order
+
+        def between(i, x):
+            if str(i) not in self.mda:
+                return x
+            hidden = x[slots].view(n, N, D)
+            hidden = hidden + self.mda[str(i)](hidden, pyramid).to(x.dtype)
+            return x.masked_scatter(slots[..., None], hidden)                      # text positions stay as they are
+
+        return x, between if self.mda else None
+
+    def forward(self, batch):
+        """
+        in:  batch of data.collate: ids (B, T), images (n, 3, H, W) or None, labels (B, T) or none.
+        out: (loss summed over the learned tokens, their logits (n, vocab), n); without labels (None, (B, T, vocab), 0).
+        """
+        x, between = self.prepare(batch)
+        if batch.get("labels") is None:
+            return None, self.llm(x, between=between), 0
+        target = batch["labels"][:, 1:]                                            # the one place where labels shift
+        at = F.pad(target != IGNORE, (0, 1))                                       # the last position predicts nothing
+        logits = self.llm(x, between=between, at=at)
+        loss = F.cross_entropy(logits.float(), target[target != IGNORE], reduction="sum")
+        if self.training and batch["images"] is None:
+            # DDP waits for a gradient of every trainable parameter; a batch of text alone would leave some without.
+            loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
+        return loss, logits, len(logits)
+
+    def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
+        """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
+        with torch.inference_mode():
+            x, between = self.prepare(batch)
+            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, between, generator)
+
+    def answer(self, batch, tokenizer, **options):
+        """Prompts -> a list of answers. Options as for generate."""
+        steps = [ids.tolist() for ids in self.generate(batch, tokenizer.stop_ids, **options)]
+        return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in zip(*steps)] or [""] * len(batch["ids"])
+
+
+def part_of(name):
+    """The part of the model that a parameter belongs to: vision, llm, pyramid, tokens, mda or lora."""
+    return "lora" if ".lora_" in name else name.split(".")[0]
+
+
+def set_stage(model, stage):
+    """Freeze everything but what the stage trains; return those parameters by name."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) in TRAINS[stage])
+    model.vision.eval()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def config_to_dict(config):
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_dict(d):
+    listed = lambda kind, value: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    llm = {**d["llm"], "rope_scaling": d["llm"]["rope_scaling"] and RopeScaling(**d["llm"]["rope_scaling"])}
+    return listed(AquilaConfig, {**d, "vision": listed(ConvNeXtConfig, d["vision"]), "llm": LlamaConfig(**llm),
+                                 "lora": d["lora"] and listed(LoRAConfig, d["lora"])})
+
+
+def find(path, what):
+    """A path as given, or as it lies beside this file."""
+    if path is None:
+        raise ValueError(f"where is the {what}? give --{'vision FILE' if what == 'vision encoder' else 'llm DIR'}")
+    return path if os.path.exists(path) else HERE / path
+
+
+def build(config, dtype=torch.float32, device="cpu"):
+    """
+    Aquila with its published parts loaded from config.vision_file and config.llm_dir; the sizes are those of the files.
+    Frozen parts are kept in dtype, the others in float32 (bfloat16 swallows small updates).
+    """
+    vision = load_convnext(find(config.vision_file, "vision encoder"), dtype=dtype, device=device)
+    llm = load_llama(find(config.llm_dir, "language model"), dtype=dtype, device=device)
+    config = dataclasses.replace(config, vision=vision.config, llm=llm.config)
+    return Aquila(config, vision, llm).to(device)
+
+
+def save_file_atomically(tensors, path):
+    save_file(tensors, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_model(model, folder):
+    """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file_atomically({k: p.detach().cpu().contiguous() for k, p in model.trained().items()}, folder / "model.safetensors")
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config_to_dict(model.config), indent=1))
+    os.replace(temporary, folder / "config.json")
+
+
+def load_trained(model, folder, only_known=False):
+    """
+    Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not (LoRA,
+    when stage 2 starts from stage 1) keeps its start.
+    """
+    file = pathlib.Path(folder, "model.safetensors")
+    with open_safetensors(file) as f:
+        wanted = {k: p for k, p in model.trained().items() if not only_known or part_of(k) != "lora" or k in f.keys()}
+        fill(wanted, ((k, lambda k=k: f.get_tensor(k)) for k in f.keys()), str(file))
+
+
+def load_config(folder):
+    return config_from_dict(read_json(pathlib.Path(folder, "config.json")))
+
+
+def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu"):
+    """The model that save_model wrote, in dtype; vision (file) and llm (folder) override where the frozen parts lie."""
+    config = load_config(folder)
+    config = dataclasses.replace(config, vision_file=vision or config.vision_file, llm_dir=llm or config.llm_dir)
+    model = build(config, dtype, device)
+    load_trained(model, folder)
+    return model.to(dtype).eval()
+
+
+# ---------------------------------------------------------------------------------------------- describe
+
+def describe(config):
+    """Shapes, by running the model without memory, and parameters, as text."""
+    with torch.device("meta"):
+        model = Aquila(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
+        images = torch.empty(1, 3, config.image_size, config.image_size)
+        maps = model.vision(images)
+        pyramid, tokens = model.look(images)
+    lines = [f"image                {tuple(images.shape)}"]
+    lines += [f"map {s}, stride {4 * 2 ** s:<2}     {tuple(m.shape)}" for s, m in enumerate(maps)]
+    lines += [f"windows of scale {s}   {tuple(p.shape)}" for s, p in enumerate(pyramid)]
+    lines += [f"image tokens         {tuple(tokens.shape)}", f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
+    counts = {}
+    for name, p in model.named_parameters():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
+    lines += [f"{part:8} {n:15,} parameters" + "".join(f", stage {s} trains it" for s in TRAINS if part in TRAINS[s])
+              for part, n in counts.items()]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Print what flows where in a preset: shapes, parameters, stages.")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default tiny")
+    print(describe(PRESETS[parser.parse_args().preset]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""How answers are scored: BLEU-1..4, ROUGE-L, CIDEr and accuracy, in plain Python (Aquila Sec. 4.2, Tables 3 and 4).
+
+The caption metrics equal pycocoevalcap's on the same tokens. METEOR and SPICE are refused: both are Java programs with
+data files of their own, and a look-alike would print numbers that compare with nobody's. A text is a string, which
+`tokenize` splits, or a ready list of tokens. Scores are fractions (CIDEr goes up to 10); printing multiplies by 100.
+CIDEr weighs n-grams by how many images of the *given set* mention them: score a whole test set at once, never batches.
+"""
+
+import math
+import re
+from collections import Counter
+
+Text = str | list[str]
+SMALL, TINY = 1e-9, 1e-15       # pycocoevalcap's guards against 0 / 0 in BLEU; they show on very short answers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
+CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ll|ve|m|d))\b")
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+REMOVED = {"'", "`", '"', ".", "?", "!", ",", ":", "-", ";"}
+TOKEN = re.compile(r"""
+    '(?:s|re|ll|ve|m|d)\b                                   # what CLITIC cut off
+  | \w+ (?: (?: [-/.&'] | (?<=\d),(?=\d) ) \w+ )*           # t-shaped, roads/paths, 5.5, 3,000
+  | [^\w\s]
+""", re.VERBOSE)
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-case words as pycocoevalcap's PTBTokenizer gives them, without its punctuation list.
+
+    Quotes, `. ? ! , : ; -` and dashes go; hyphenated and slashed words stay whole; "building's" gives "building", "'s";
+    "don't" gives "do", "n't"; "cannot" gives "can", "not"; a bracket becomes "-lrb-" and stays, because the published
+    tokenizer lower-cases before it looks for "-LRB-". Not imitated: abbreviations ("U.S." keeps its last period there),
+    runs like "?!" (kept there), signs and leading points of numbers, addresses, hash tags, "gonna".
+    """
+    text = CLITIC.sub(r" \1", text.lower().translate(PLAIN))
+    text = re.sub(r"\bcannot\b", "can not", text)
+    return [BRACKETS.get(token, token) for token in TOKEN.findall(text) if token not in REMOVED]
+
+
+def as_tokens(text: Text) -> list[str]:
+    return tokenize(text) if isinstance(text, str) else text
+
+
+def paired(predictions: list[Text], references: list[list[Text]]) -> list[tuple[list[str], list[list[str]]]]:
+    """(prediction, its references) an image, as tokens; a set that cannot be scored raises one line."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references; expected as many")
+    if not predictions:
+        raise ValueError("nothing to score: no predictions were given")
+    for number, answers in enumerate(references):
+        if isinstance(answers, str) or not answers:
+            raise ValueError(f"references of prediction {number}: expected a list of texts, found {answers!r}")
+    return [(as_tokens(prediction), [as_tokens(answer) for answer in answers])
+            for prediction, answers in zip(predictions, references)]
+
+
+def ngrams(tokens: list[str], n: int) -> Counter:
+    return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
+
+
+def largest_counts(answers: list[list[str]], n: int) -> Counter:
+    """For every n-gram its largest count in one of the references, to which BLEU clips."""
+    largest = Counter()
+    for answer in answers:
+        largest |= ngrams(answer, n)
+    return largest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+def closest_length(length: int, references: list[list[str]]) -> int:
+    """BLEU's reference length: the nearest to the prediction's, the shorter of two equally near."""
+    return min((abs(len(tokens) - length), len(tokens)) for tokens in references)[1]
+
+
+def brevity_penalty(length: int, reference_length: int) -> float:
+    ratio = (length + TINY) / (reference_length + SMALL)
+    return 1.0 if ratio >= 1 else math.exp(1 - 1 / ratio)
+
+
+def bleu(predictions: list[Text], references: list[list[Text]]) -> list[float]:
+    """[BLEU-1, ..., BLEU-4] of the whole set, not a mean over images.
+
+    p_n    = sum of min(count in prediction, largest count in one reference) / number of predicted n-grams
+    BLEU-N = BP * (p_1 * ... * p_N)^(1/N),   BP = min(1, exp(1 - r/c))
+    with c the words of all predictions and r the sum over images of the closest reference length.
+    """
+    pairs = paired(predictions, references)
+    penalty = brevity_penalty(sum(len(prediction) for prediction, _ in pairs),
+                              sum(closest_length(len(prediction), answers) for prediction, answers in pairs))
+    scores, product = [], 1.0
+    for n in range(1, 5):
+        right = total = 0
+        for prediction, answers in pairs:
+            right += (ngrams(prediction, n) & largest_counts(answers, n)).total()
+            total += max(0, len(prediction) - n + 1)
+        product *= (right + TINY) / (total + SMALL)
+        scores.append(penalty * product ** (1 / n))
+    return scores
+
+
+def common_subsequence(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, row by row."""
+    row = [0] * (len(b) + 1)
+    for token in a:
+        previous, row = row, [0]
+        for j, other in enumerate(b):
+            row.append(previous[j] + 1 if token == other else max(previous[j + 1], row[j]))
+    return row[-1]
+
+
+def rouge_l(predictions: list[Text], references: list[list[Text]], beta: float = 1.2) -> float:
+    """Mean over images of F = (1 + b^2) P R / (R + b^2 P), b = 1.2.
+
+    P = longest common subsequence / words of the prediction, R = the same / words of the reference; each is the largest
+    over the image's references, and the two may come from different ones. No common word: F = 0.
+    """
+    total = 0.0
+    for prediction, answers in paired(predictions, references):
+        common = [common_subsequence(prediction, answer) for answer in answers]
+        if any(common):
+            precision = max(common) / len(prediction)
+            recall = max(c / len(answer) for c, answer in zip(common, answers) if answer)
+            total += (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
+    return total / len(predictions)
+
+
+def cider(predictions: list[Text], references: list[list[Text]], sigma: float = 6.0) -> float:
+    """Mean over images of 10 / 4 * sum over n = 1..4 of the mean over references of
+
+        exp(-(l_p - l_r)^2 / (2 sigma^2)) * sum of min(g_p, g_r) * g_r over n-grams / (|g_p| |g_r|)
+
+    where l is the number of words, g = count in the text * log(images / max(1, images with the n-gram in a reference)).
+    This is what pycocoevalcap calls CIDEr; the min and the length term are CIDEr-D's.
+    """
+    pairs = paired(predictions, references)
+    if len(pairs) < 2:
+        raise ValueError("CIDEr needs 2 or more images: n-grams are weighed by how many images of the set mention them")
+    total = 0.0
+    for n in range(1, 5):
+        counts = [[ngrams(answer, n) for answer in answers] for _, answers in pairs]
+        images = Counter(gram for answer_counts in counts for gram in set().union(*answer_counts))
+
+        def weigh(grams: Counter) -> tuple[dict[tuple, float], float]:
+            vector = {gram: count * math.log(len(pairs) / max(1, images[gram])) for gram, count in grams.items()}
+            return vector, math.sqrt(sum(value * value for value in vector.values()))
+
+        for (prediction, answers), answer_counts in zip(pairs, counts):
+            vector, norm = weigh(ngrams(prediction, n))
+            for answer, grams in zip(answers, answer_counts):
+                other, other_norm = weigh(grams)
+                dot = sum(min(value, other[gram]) * other[gram] for gram, value in vector.items() if gram in other)
+                # pycocoevalcap counts bigrams here: one less than the words, but 0 for a text of none.
+                delta = max(0, len(prediction) - 1) - max(0, len(answer) - 1)
+                if dot:
+                    total += math.exp(-delta ** 2 / (2 * sigma ** 2)) * dot / (norm * other_norm) / len(answers)
+    return 10 * total / 4 / len(pairs)
+
+
+def score_captions(predictions: list[Text], references: list[list[Text]],
+                   metrics: tuple[str, ...] = ("bleu", "rouge-l", "cider")) -> dict[str, float]:
+    """{"BLEU-1": ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr": ...}."""
+    for metric in metrics:
+        if metric in ("meteor", "spice"):
+            raise ValueError(f"{metric} is not computed here: it is a Java program with its own word lists, to be run "
+                             "on the predictions. Here: bleu, rouge-l, cider")
+        if metric not in ("bleu", "rouge-l", "cider"):
+            raise ValueError(f"unknown caption metric '{metric}'; known: bleu, rouge-l, cider")
+    scores = {}
+    if "bleu" in metrics:
+        scores |= {f"BLEU-{n}": score for n, score in enumerate(bleu(predictions, references), start=1)}
+    if "rouge-l" in metrics:
+        scores["ROUGE-L"] = rouge_l(predictions, references)
+    if "cider" in metrics:
+        scores["CIDEr"] = cider(predictions, references)
+    return scores
+
+
+def best_constant(references: list[list[Text]], candidates: list[Text]) -> tuple[Text, float]:
+    """The caption that has the highest BLEU-1 as the answer to every image (the first of equals), and that BLEU-1.
+
+    A model that scores no higher need not have looked at the images. Images are counted once, so that a candidate costs
+    only its own words: `enough[word, k]` is the number of images with a reference that has the word k times or more.
+    """
+    if not candidates:
+        raise ValueError("no candidate captions were given")
+    answers_of = [answers for _, answers in paired([[]] * len(references), references)]
+    enough = Counter()
+    for answers in answers_of:
+        enough.update((word, k + 1) for word, count in largest_counts(answers, 1).items() for k in range(count))
+    reference_length = {}
+
+    def score(tokens: list[str]) -> float:
+        size, length = len(tokens), len(tokens) * len(answers_of)
+        if size not in reference_length:
+            reference_length[size] = sum(closest_length(size, answers) for answers in answers_of)
+        right = sum(enough[word, k + 1] for word, count in ngrams(tokens, 1).items() for k in range(count))
+        return brevity_penalty(length, reference_length[size]) * (right + TINY) / (length + SMALL)
+
+    best, best_score = candidates[0], -1.0
+    for candidate in candidates:
+        candidate_score = score(as_tokens(candidate))
+        if candidate_score > best_score:
+            best, best_score = candidate, candidate_score
+    return best, best_score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+NUMBERS = {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, single spaces, no closing punctuation, zero..ten as digits. Articles stay."""
+    words = text.lower().strip().rstrip(".,;:!?").split()
+    return " ".join(NUMBERS.get(word, word) for word in words)
+
+
+def accuracy(predictions: list[str], answers: list[str], types: list[str]) -> dict[str, tuple[int, int]]:
+    """{"all": (right, asked), type: (right, asked), ...}: right if the normalized strings are equal, as a whole."""
+    if not len(predictions) == len(answers) == len(types):
+        raise ValueError(f"{len(predictions)} predictions, {len(answers)} answers, {len(types)} types: should be equal")
+    if not predictions:
+        raise ValueError("nothing to score: no predictions were given")
+    if "all" in types:
+        raise ValueError("question type 'all' is the name of the sum over types; rename it")
+    right, asked = Counter(), Counter()
+    for prediction, answer, kind in zip(predictions, answers, types):
+        for key in ("all", kind):
+            asked[key] += 1
+            right[key] += normalize_answer(prediction) == normalize_answer(answer)
+    return {key: (right[key], asked[key]) for key in ("all", *sorted(set(types)))}
+
+
+def mean_over_types(scores: dict[str, tuple[int, int]]) -> float:
+    """RSVQA's average accuracy: every type weighs the same, however many questions it has."""
+    fractions = [right / asked for key, (right, asked) in scores.items() if key != "all"]
+    return sum(fractions) / len(fractions)

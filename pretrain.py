@@ -1,0 +1,229 @@
+"""
+Makes the tiny stand-ins for CLIP and Llama that stand in weights/, from scratch, on the built-in scenes of the train split.
+
+    python pretrain.py vision      # weights/tiny-clip.safetensors: a ConvNeXt and a text tower trained as CLIP is
+    python pretrain.py llm         # weights/tiny-llm/: a byte-level Llama trained on text alone
+    python pretrain.py             # both
+
+What the papers take from the web is imitated in kind: the vision tower sees pictures with sentences and learns which
+belong together, and never an object class as a label; the language model reads sentences and conversations, and never
+a picture. Neither sees a scene of the val or test split. The files have the published layouts (open_clip's key names;
+a Hugging Face directory), so that the tiny parts go through the very loaders that read the real ones.
+"""
+import argparse
+import json
+import math
+import pathlib
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+import scenes
+from convnext import CONVNEXTS, ChannelNorm, ConvNeXt
+from data import CLIP_MEAN, CLIP_STD, collate, encode_record
+from llama import LLAMAS, ByteTokenizer, Llama, save_llama
+
+SIZE = 128                                  # pixels; the image side of the tiny presets
+PLACES = [f"{v} {h}".strip() for v in ("top", "", "bottom") for h in ("left", "", "right")]
+PLACES[4] = "center"
+
+
+def report(index, rng):
+    """Every fact of a scene as one line of text: each object with its color and its ninth of the picture, and the land."""
+    ground = scenes.layout("train", index, 0)
+    facts = [f"{o.color} {o.name} {PLACES[3 * min(int(o.y * 3), 2) + min(int(o.x * 3), 2)]}" for o in ground.items]
+    rng.shuffle(facts)
+    land = ground.cover + (f" with {ground.feature.kind}" if ground.feature else "")
+    return "; ".join([land] + facts)
+
+
+# ---------------------------------------------------------------------------------------------- vision, CLIP's way
+
+class TextTower(nn.Module):
+    """A small CLIP text tower over whole words, with open_clip's parameter names."""
+
+    def __init__(self, words, width, out_dim, length=64, layers=2):
+        super().__init__()
+        self.index = {w: i + 1 for i, w in enumerate(words)}                       # 0 pads
+        self.length = length
+        self.token_embedding = nn.Embedding(len(words) + 1, width)
+        self.positional_embedding = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(self.block(width) for _ in range(layers))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, out_dim) * width ** -0.5)
+
+    @staticmethod
+    def block(width):
+        b = nn.Module()
+        b.ln_1, b.attn = nn.LayerNorm(width), nn.MultiheadAttention(width, width // 32, batch_first=True)
+        b.ln_2, b.mlp = nn.LayerNorm(width), nn.Module()
+        b.mlp.c_fc, b.mlp.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        return b
+
+    def tokens(self, texts):
+        ids = torch.zeros(len(texts), self.length, dtype=torch.long)
+        for row, text in zip(ids, texts):
+            found = [self.index[w] for w in split_words(text)][:self.length]
+            row[:len(found)] = torch.tensor(found)
+        return ids[:, :int((ids > 0).sum(1).max())]
+
+    def forward(self, ids):
+        x, pad = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]], ids == 0
+        for b in self.transformer.resblocks:
+            y = b.ln_1(x)
+            x = x + b.attn(y, y, y, key_padding_mask=pad, need_weights=False)[0]
+            x = x + b.mlp.c_proj(F.gelu(b.mlp.c_fc(b.ln_2(x))))
+        real = (~pad)[..., None].float()
+        mean = (self.ln_final(x) * real).sum(1) / real.sum(1)
+        return mean @ self.text_projection
+
+
+class CLIP(nn.Module):
+    def __init__(self, config, words, out_dim=128):
+        super().__init__()
+        self.trunk = ConvNeXt(config)
+        for block in (b for stage in self.trunk.stages for b in stage.blocks):
+            nn.init.constant_(block.gamma, 0.5)         # 1e-6 is for training much longer than this
+        self.norm, self.proj = ChannelNorm(config.dims[-1], config.eps), nn.Linear(config.dims[-1], out_dim, bias=False)
+        self.text, self.logit_scale = TextTower(words, 128, out_dim), nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, images, ids):
+        """-> logits (B, B): row i, column j says how well image i and text j go together."""
+        image = F.normalize(self.proj(self.norm(self.trunk(images)[-1]).mean((2, 3))).float(), dim=-1)
+        text = F.normalize(self.text(ids).float(), dim=-1)
+        return self.logit_scale.exp().clamp(max=100) * image @ text.T
+
+    def open_clip_state(self):
+        names = {"trunk.": "visual.trunk.", "norm.": "visual.trunk.head.norm.", "proj.": "visual.head.proj.", "text.": ""}
+        rename = lambda k: next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k)
+        return {rename(k): v.detach().half().contiguous() for k, v in self.state_dict().items()}
+
+
+def split_words(text):
+    return text.replace(";", " ;").split()
+
+
+def render(index):
+    return scenes.make_scene("train", index, 0, SIZE).image
+
+
+def pairs(indices, rng):
+    """A text for each scene: one of its five captions, or the report."""
+    texts = []
+    for i in indices:
+        key = scenes.Key("train", 0, int(i), SIZE)
+        texts.append(report(i, rng) if rng.random() < 0.6 else str(rng.choice(scenes.captions(key))))
+    return texts
+
+
+def schedule(step, steps, peak, warmup=0.05):
+    """Linear warm-up, then cosine to a hundredth of the peak."""
+    if step < warmup * steps:
+        return peak * (step + 1) / (warmup * steps)
+    t = (step - warmup * steps) / (steps - warmup * steps)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def train(model, loss_of_step, steps, lr, decay, name):
+    """The loop both parts share: AdamW, warm-up and cosine, one line every 20 steps."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=decay), dict(params=plain, weight_decay=0.0)],
+                                  lr=lr, betas=(0.9, 0.98))
+    model.train()
+    started, seen = time.time(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps, lr)
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen.append(loss.item())
+        if step % 20 == 0 or step == steps - 1:
+            spent = time.time() - started
+            print(f"{name} step {step + 1}/{steps} | loss {np.mean(seen[-20:]):.4f} | {spent:.0f} s | "
+                  f"left {spent / (step + 1) * (steps - step - 1):.0f} s", flush=True)
+
+
+def pretrain_vision(out, n_scenes, steps, batch, seed):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    with ProcessPoolExecutor() as pool:
+        images = torch.from_numpy(np.stack(list(pool.map(render, range(n_scenes), chunksize=64))))   # (n, H, W, 3) uint8
+    print(f"vision: {n_scenes} scenes drawn", flush=True)
+    words = sorted({w for text in pairs(np.arange(5000) % n_scenes, rng) for w in split_words(text)})
+    model = CLIP(CONVNEXTS["tiny"], words)
+    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    order = []
+
+    def loss_of_step(step):
+        while len(order) < batch:
+            order.extend(rng.permutation(n_scenes).tolist())
+        picked = [order.pop() for _ in range(batch)]
+        pixels = (images[picked].permute(0, 3, 1, 2).float() / 255 - mean) / std
+        logits = model(pixels, model.text.tokens(pairs(picked, rng)))
+        target = torch.arange(batch)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    train(model, loss_of_step, steps, 2e-3, 0.05, "vision")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(model.open_clip_state(), out / "tiny-clip.safetensors", metadata={"words": json.dumps(words)})
+    print(f"wrote {out / 'tiny-clip.safetensors'}")
+
+
+# ---------------------------------------------------------------------------------------------- language, from text
+
+def conversation(index, rng):
+    """A scene told in words, then its questions or its caption: what an LM can learn of the world without pictures."""
+    key = scenes.Key("train", 0, index, SIZE)
+    turns = []
+    questions = [scenes.questions(key)[i] for i in rng.permutation(len(scenes.questions(key)))[:5]]
+    for kind, question, answer in questions:
+        turns += [f"{question}\n{scenes.SHORT}", answer]
+    caption = [str(rng.choice(scenes.CAPTION_PROMPTS)), str(rng.choice(scenes.captions(key)))]
+    turns = caption + turns if rng.random() < 0.5 else turns + caption
+    turns[0] = f"{report(index, rng)}\n{turns[0]}"
+    return {"id": str(index), "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
+
+
+def pretrain_llm(out, n_scenes, steps, batch, seed):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model, tokenizer = Llama(LLAMAS["tiny"]), ByteTokenizer()
+
+    def loss_of_step(step):
+        rows = [encode_record(conversation(int(i), rng), tokenizer, "llama-3") for i in rng.integers(0, n_scenes, batch)]
+        ids = collate(rows)["ids"]
+        logits, target = model(ids[:, :-1]), ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)   # all text, not only answers
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+
+    train(model, loss_of_step, steps, 2e-3, 0.1, "llm")
+    save_llama(model.to(torch.bfloat16), out / "tiny-llm", {"tokenizer_class": "ByteTokenizer"})
+    print(f"wrote {out / 'tiny-llm'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"), help="folder to write (default weights)")
+    parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
+    parser.add_argument("--vision-steps", type=int, default=1500, help="steps of 128 image-text pairs (default 1500)")
+    parser.add_argument("--llm-steps", type=int, default=2500, help="steps of 32 conversations (default 2500)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.part != "llm":
+        pretrain_vision(args.out, args.scenes, args.vision_steps, 128, args.seed)
+    if args.part != "vision":
+        pretrain_llm(args.out, args.scenes, args.llm_steps, 32, args.seed)
+
+
+if __name__ == "__main__":
+    main()
