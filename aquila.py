@@ -125,9 +125,7 @@ class Aquila(nn.Module):
         """images (n, 3, H, W) -> pyramid of windows, list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
         with torch.no_grad():               # the vision encoder is frozen in every stage
             maps = self.vision(images.to(next(self.vision.parameters()).dtype))
-        dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) \
-            else self.pyramid.projectors[0][0].weight.dtype
-        pyramid, grid = self.pyramid([m.to(dtype) for m in maps])
+        pyramid, grid = self.pyramid(maps)
         return pyramid, self.tokens(pyramid, grid)
 
     def prepare(self, batch):

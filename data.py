@@ -126,6 +126,8 @@ def open_image(path):
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"image {path}: {image.mode} pixels (16 or 32 bit); convert it to 8 bit a channel first")
             return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {path}: no such file") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"image {path}: not an image that Pillow can read") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
@@ -285,11 +287,11 @@ class Records(Dataset):
 def collate(rows):
     """
     Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and images
-    (n, 3, H, W) of all rows in the order of their slots, None when there is none. A sample that is an error is raised.
+    (n, 3, H, W) of all rows in the order of their slots, None when there is none. With an error among them, the error.
     """
     for row in rows:
         if isinstance(row, ValueError):
-            raise row
+            return row
     lengths = torch.tensor([len(row["ids"]) for row in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)

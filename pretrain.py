@@ -184,10 +184,9 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
 def conversation(index, rng):
     """A scene told in words, then its questions or its caption: what an LM can learn of the world without pictures."""
     key = scenes.Key("train", 0, index, SIZE)
-    turns = []
-    questions = [scenes.questions(key)[i] for i in rng.permutation(len(scenes.questions(key)))[:5]]
-    for kind, question, answer in questions:
-        turns += [f"{question}\n{scenes.SHORT}", answer]
+    asked = scenes.questions(key)
+    turns = [text for i in rng.permutation(len(asked))[:6] for text in asked[i][1:]]
+    turns[0] = f"{turns[0]}\n{scenes.SHORT}"
     caption = [str(rng.choice(scenes.CAPTION_PROMPTS)), str(rng.choice(scenes.captions(key)))]
     turns = caption + turns if rng.random() < 0.5 else turns + caption
     turns[0] = f"{report(index, rng)}\n{turns[0]}"
