@@ -73,7 +73,7 @@ class AquilaConfig:
 
 PRESETS = {
     "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
-    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 2, 4), max_len=1024,
+    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 2), max_len=1024,
                          vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
 }
 

@@ -204,7 +204,7 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
         logits, target = model(ids[:, :-1]), ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)   # all text, not only answers
         return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
 
-    train(model, loss_of_step, steps, 2e-3, 0.1, "llm")
+    train(model, loss_of_step, steps, 3e-3, 0.1, "llm")
     save_llama(model.to(torch.bfloat16), out / "tiny-llm", {"tokenizer_class": "ByteTokenizer"})
     print(f"wrote {out / 'tiny-llm'}")
 
@@ -214,14 +214,14 @@ def main():
     parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"), help="folder to write (default weights)")
     parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
-    parser.add_argument("--vision-steps", type=int, default=1500, help="steps of 128 image-text pairs (default 1500)")
-    parser.add_argument("--llm-steps", type=int, default=2500, help="steps of 32 conversations (default 2500)")
+    parser.add_argument("--vision-steps", type=int, default=700, help="steps of 128 image-text pairs (default 700)")
+    parser.add_argument("--llm-steps", type=int, default=800, help="steps of 16 conversations (default 800)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.part != "llm":
         pretrain_vision(args.out, args.scenes, args.vision_steps, 128, args.seed)
     if args.part != "vision":
-        pretrain_llm(args.out, args.scenes, args.llm_steps, 32, args.seed)
+        pretrain_llm(args.out, args.scenes, args.llm_steps, 16, args.seed)
 
 
 if __name__ == "__main__":
