@@ -1,5 +1,5 @@
 """
-Llama: the decoder of Llama-2/3, Vicuna, TinyLlama and SmolLM2, with its KV cache, LoRA, tokenizers and weight loaders.
+Llama: the decoder of Llama-2/3, Vicuna, TinyLlama and SmolLM2, with its KV cache, LoRA, weight loaders and tokenizers.
 
     model, tokenizer = load_llama("Meta-Llama-3-8B-Instruct", dtype=torch.bfloat16), load_tokenizer("Meta-Llama-3-8B-Instruct")
     for ids in generate(model, model.embed(prompt), stop_ids=tokenizer.stop_ids): ...
@@ -19,11 +19,15 @@ import os
 import pathlib
 import pickle
 import re
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import dataclass
+from functools import partial
 
+import sentencepiece
+import tiktoken
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -67,7 +71,7 @@ LLAMAS = {
                               rope_theta=500000.0),
     "vicuna-7b": LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008, vocab_size=32000,
                              max_len=4096),
-    "tiny": LlamaConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=264, max_len=2048,
+    "tiny": LlamaConfig(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=264, max_len=2048,
                         tied=True),
 }
 
@@ -88,6 +92,21 @@ def rotate(x, cos, sin):
     """x: (B, n, T, hd); cos, sin: (T, hd) or (B, 1, T, hd), the two halves of hd alike."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def linear(x, weight):
+    """F.linear, except that a single vector, as in decoding, goes through the faster matrix-vector product."""
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        return torch.matmul(weight, x.flatten()).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    def __init__(self, in_features, out_features, device=None):
+        super().__init__(in_features, out_features, bias=False, device=device)
+
+    def forward(self, x):
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -140,10 +159,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.q = Linear(c.dim, c.n_heads * c.head_dim)
+        self.k = Linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.v = Linear(c.dim, c.n_kv_heads * c.head_dim)
+        self.o = Linear(c.n_heads * c.head_dim, c.dim)
 
     def forward(self, x, rope, mask, cache=None, i=0):
         c, (B, T, _) = self.config, x.shape
@@ -165,9 +184,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.up = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.down = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.gate = Linear(c.dim, c.ffn_dim)
+        self.up = Linear(c.dim, c.ffn_dim)
+        self.down = Linear(c.ffn_dim, c.dim)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -193,7 +212,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = None if config.tied else Linear(config.dim, config.vocab_size)
         self.grad_checkpoint = False        # recompute each layer in the backward pass: less memory, a third more time
         for p in self.parameters():
             if p.dim() == 2 and not p.is_meta:
@@ -216,7 +235,7 @@ class Llama(nn.Module):
         if cache is not None:
             cache.advance(T)
         x = self.norm(x if at is None else x[at])
-        return F.linear(x, self.embed.weight.to(x.dtype)) if self.head is None else self.head(x)
+        return linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def run_layer(self, i, x, rope, mask, between, cache=None):
         if between is not None:
@@ -278,24 +297,22 @@ def generate(model, x, lengths=None, max_new_tokens=256, stop_ids=(), temperatur
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) B A dropout(x), W frozen (Hu et al. 2021). Shares the weight of the layer it replaces."""
 
-    def __init__(self, linear, rank, alpha, dropout):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
+    def __init__(self, plain, rank, alpha, dropout):
+        super().__init__()
+        self.weight = plain.weight.requires_grad_(False)
         self.rank, self.alpha, self.p = rank, alpha, dropout
-        like = dict(dtype=torch.float32, device=linear.weight.device)              # trained in float32 over any base
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        like = dict(dtype=torch.float32, device=plain.weight.device)               # trained in float32 over any base
+        self.lora_a = nn.Parameter(torch.empty(rank, plain.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(plain.out_features, rank, **like))
         if not self.lora_a.is_meta:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))                  # as nn.Linear starts, and PEFT
 
     def forward(self, x):
-        low = F.linear(F.dropout(x, self.p, self.training), self.lora_a.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_b.to(x.dtype)) * (self.alpha / self.rank)
+        low = linear(F.dropout(x, self.p, self.training), self.lora_a.to(x.dtype))
+        return linear(x, self.weight) + linear(low, self.lora_b.to(x.dtype)) * (self.alpha / self.rank)
 
 
 def lora_layers(model):
@@ -304,15 +321,14 @@ def lora_layers(model):
 
 def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
     """Replace, in place, the named linear layers of every block by LoRALinear."""
-    unknown = set(targets) - set(LORA_TARGETS)
-    if unknown or not targets:
+    if not targets or set(targets) - set(LORA_TARGETS):
         raise ValueError(f"LoRA targets {sorted(targets)}: expected some of {', '.join(LORA_TARGETS)}")
     if lora_layers(model):
         raise ValueError("this model has LoRA already; merge it first")
     for layer in model.layers:
         for block in (layer.attn, layer.mlp):
             for name in targets:
-                if isinstance(getattr(block, name, None), nn.Linear):
+                if hasattr(block, name):
                     setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, dropout))
     return model
 
@@ -321,18 +337,18 @@ def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
 def merge_lora(model):
     """Fold every LoRA into its weight, in place: W + (alpha / rank) B A. The model is a plain Llama again."""
     for name, m in lora_layers(model):
-        m.weight += ((m.alpha / m.rank) * (m.lora_b @ m.lora_a)).to(m.weight.dtype)
-        plain = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
+        m.weight += (m.alpha / m.rank) * (m.lora_b @ m.lora_a)                     # summed in float32, rounded once
+        plain = Linear(m.weight.shape[1], m.weight.shape[0], device="meta")
         plain.weight = m.weight
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, plain)
     return model
 
 
-# PEFT names the module by its Hugging Face path under "base_model.model."
-def peft_name(name, part):
-    layers, i, block, target = name.split(".")
-    return f"base_model.model.model.layers.{i}.{dict(attn='self_attn', mlp='mlp')[block]}.{target}_proj.lora_{part}.weight"
+def lora_parameters(model):
+    """{name in PEFT's files: parameter}."""
+    return {f"base_model.model.{their_name(name + '.weight', HUGGING_FACE).removesuffix('weight')}lora_{part}.weight": p
+            for name, m in lora_layers(model) for part, p in (("A", m.lora_a), ("B", m.lora_b))}
 
 
 def save_lora(model, folder):
@@ -340,132 +356,89 @@ def save_lora(model, folder):
     found = lora_layers(model)
     if not found:
         raise ValueError("this model has no LoRA to save; apply_lora first")
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, m in found:
-        tensors[peft_name(name, "A")] = m.lora_a.detach().contiguous()
-        tensors[peft_name(name, "B")] = m.lora_b.detach().contiguous()
-    targets = sorted({name.split(".")[-1] + "_proj" for name, _ in found})
-    m = found[0][1]
+    m, targets = found[0][1], sorted({name.split(".")[-1] + "_proj" for name, _ in found})
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=m.rank, lora_alpha=m.alpha, lora_dropout=m.p, bias="none",
                   fan_in_fan_out=False, inference_mode=True, target_modules=targets, base_model_name_or_path=None)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    write_tensors(pathlib.Path(folder, "adapter_model.safetensors"), lora_parameters(model))
+    write_json(pathlib.Path(folder, "adapter_config.json"), config)
 
 
-# An adapter_config.json with one of these set computes something else than LoRALinear does.
-PEFT_REFUSED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
-                "layers_to_transform", "layer_replication", "megatron_config", "fan_in_fan_out", "trainable_token_indices",
-                "exclude_modules", "target_parameters", "alora_invocation_tokens", "use_qalora")
+# What adapter_config.json may say without changing the mathematics of LoRALinear; anything else that is set is refused.
+PEFT_PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "auto_mapping", "peft_version", "revision",
+              "base_model_name_or_path", "inference_mode", "megatron_core", "qalora_group_size"}
+PEFT_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
 def load_lora(model, folder):
     """Apply and fill the LoRA that PEFT (or save_lora) wrote to folder."""
     folder = pathlib.Path(folder)
     config = read_json(folder / "adapter_config.json")
-    refused = [k for k in PEFT_REFUSED if config.get(k)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if config.get("peft_type", "LORA") != "LORA" or refused:
-        raise ValueError(f"{folder}: adapter of type {config.get('peft_type')} with {refused or 'no options'}: only plain "
-                         "LoRA without these options is read; merge the adapter with PEFT and load the merged model")
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        raise ValueError(f"{folder}: target_modules is the pattern {targets!r}; a list of names such as q_proj is expected")
+    refused = [f"{k} {v!r}" for k, v in config.items() if v and k not in PEFT_PLAIN and v not in PEFT_VALUES.get(k, ())]
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        refused.append(f"target_modules {targets!r} (a list such as [\"q_proj\", \"v_proj\"] is read)")
+    if refused:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(refused)}: not plain LoRA; merge the adapter with "
+                         "PEFT and load the merged model")
     apply_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
-               tuple(t.removesuffix("_proj") for t in targets))
+               [t.removesuffix("_proj") for t in targets])
     file = folder / "adapter_model.safetensors"
-    wanted = {peft_name(name, part): p for name, m in lora_layers(model) for part, p in (("A", m.lora_a), ("B", m.lora_b))}
-    fill(wanted, [(k, lambda k=k: f.get_tensor(k)) for f in [open_safetensors(file)] for k in f.keys()], str(file))
+    file = file if file.exists() else folder / "adapter_model.bin"                 # PEFT before 0.8
+    fill(lora_parameters(model), open_tensors(file).items(), file)
     return model
 
 
 # ---------------------------------------------------------------------------------------------- weights
 
-# Hugging Face's name -> ours; {} is the layer. None: left out on purpose.
-HF_KEYS = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-    "model.layers.{}.input_layernorm.weight": "layers.{}.attn_norm.weight",
-    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attn.q.weight",
-    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attn.k.weight",
-    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attn.v.weight",
-    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attn.o.weight",
-    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
-    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.mlp.gate.weight",
-    "model.layers.{}.mlp.up_proj.weight": "layers.{}.mlp.up.weight",
-    "model.layers.{}.mlp.down_proj.weight": "layers.{}.mlp.down.weight",
-    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,                         # old Vicuna files; computed here
+# ours: (Hugging Face's name, Meta's name, the dimension that Meta's shards split; None: each holds all); {} is the layer
+HUGGING_FACE, META = 0, 1
+NAMES = {
+    "embed.weight": ("model.embed_tokens.weight", "tok_embeddings.weight", 0),     # dimension 1 in Llama-2
+    "norm.weight": ("model.norm.weight", "norm.weight", None),
+    "head.weight": ("lm_head.weight", "output.weight", 0),
+    "layers.{}.attn_norm.weight": ("model.layers.{}.input_layernorm.weight", "layers.{}.attention_norm.weight", None),
+    "layers.{}.attn.q.weight": ("model.layers.{}.self_attn.q_proj.weight", "layers.{}.attention.wq.weight", 0),
+    "layers.{}.attn.k.weight": ("model.layers.{}.self_attn.k_proj.weight", "layers.{}.attention.wk.weight", 0),
+    "layers.{}.attn.v.weight": ("model.layers.{}.self_attn.v_proj.weight", "layers.{}.attention.wv.weight", 0),
+    "layers.{}.attn.o.weight": ("model.layers.{}.self_attn.o_proj.weight", "layers.{}.attention.wo.weight", 1),
+    "layers.{}.mlp_norm.weight": ("model.layers.{}.post_attention_layernorm.weight", "layers.{}.ffn_norm.weight", None),
+    "layers.{}.mlp.gate.weight": ("model.layers.{}.mlp.gate_proj.weight", "layers.{}.feed_forward.w1.weight", 0),
+    "layers.{}.mlp.up.weight": ("model.layers.{}.mlp.up_proj.weight", "layers.{}.feed_forward.w3.weight", 0),
+    "layers.{}.mlp.down.weight": ("model.layers.{}.mlp.down_proj.weight", "layers.{}.feed_forward.w2.weight", 1),
 }
-# Meta's name -> (ours, the dimension along which the shards of a model split it; None: every shard holds all of it)
-META_KEYS = {
-    "tok_embeddings.weight": ("embed.weight", None),                               # Llama-2 splits dim 1, Llama-3 dim 0
-    "norm.weight": ("norm.weight", None),
-    "output.weight": ("head.weight", 0),
-    "layers.{}.attention_norm.weight": ("layers.{}.attn_norm.weight", None),
-    "layers.{}.attention.wq.weight": ("layers.{}.attn.q.weight", 0),
-    "layers.{}.attention.wk.weight": ("layers.{}.attn.k.weight", 0),
-    "layers.{}.attention.wv.weight": ("layers.{}.attn.v.weight", 0),
-    "layers.{}.attention.wo.weight": ("layers.{}.attn.o.weight", 1),
-    "layers.{}.ffn_norm.weight": ("layers.{}.mlp_norm.weight", None),
-    "layers.{}.feed_forward.w1.weight": ("layers.{}.mlp.gate.weight", 0),
-    "layers.{}.feed_forward.w3.weight": ("layers.{}.mlp.up.weight", 0),
-    "layers.{}.feed_forward.w2.weight": ("layers.{}.mlp.down.weight", 1),
-}
-# params.json is silent about these; they stand in Meta's code (llama/model.py, llama3/model.py, llama-models rope_scaling).
-META_ROPE = {"llama-2": 10000.0, "llama-3": 500000.0}
-META_SCALED_ROPE = RopeScaling()
 
 
-def read_json(path):
+def named(ours):
+    """Our name of a parameter -> its row in NAMES and the number of its layer, if it is in one."""
+    return NAMES[re.sub(r"\d+", "{}", ours)], re.findall(r"\d+", ours)
+
+
+def their_name(ours, column):
+    row, layer = named(ours)
+    return row[column].format(*layer)
+
+
+def load_llama(folder, dtype=torch.float32, device="cpu"):
+    """
+    Read a Llama-architecture model from a Hugging Face directory (config.json) or Meta's (params.json), one tensor at a
+    time, into dtype on device. One ValueError names every missing, unexpected or misshapen tensor.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / "config.json").exists():
+        read_config, match = hf_config, hf_tensors
+    elif (folder / "params.json").exists():
+        read_config, match = meta_config, meta_tensors
+    else:
+        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-
-
-def open_safetensors(path):
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} is not a safetensors file: {e}") from None
-    except BaseException as e:              # safetensors' own error derives from Exception directly
-        if type(e).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
-
-
-def open_pickle(path):
-    """A .bin or .pth file as a dict of tensors, without running any code in it, mapped rather than read where it can be."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                # the format before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} holds more than tensors and is not opened, since it could run code "
-                         f"({str(e).splitlines()[0]}); convert it to safetensors where you trust it") from None
-    except (RuntimeError, EOFError) as e:
-        raise ValueError(f"{path} is not a whole PyTorch file: {str(e).splitlines()[0]}") from None
-
-
-def named(template_keys, n_layers):
-    """{their name: our name}, the table above written out for every layer."""
-    return {k.format(i): v and v.format(i) for k, v in template_keys.items() for i in (range(n_layers) if "{}" in k else [0])}
-
-
-def problems(source, missing, unexpected, misshapen):
-    """One error that lists what does not fit, the first five of each; nothing when all fits."""
-    parts = [f"{len(names)} {what}: {', '.join(map(str, list(names)[:5]))}{' ...' if len(names) > 5 else ''}"
-             for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
-    if parts:
-        raise ValueError(f"{source} does not fit the model: " + "; ".join(parts))
+        config = read_config(folder)
+    except KeyError as e:
+        raise ValueError(f"{folder}: its configuration or its first file lacks {e.args[0]!r}") from None
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    model.to_empty(device=device)
+    fill(*match(folder, model), folder)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -485,164 +458,206 @@ def fill(params, tensors, source):
             misshapen.append(f"{name} {tuple(value.shape)}, expected {tuple(target.shape)}")
         else:
             target.copy_(value)
-    problems(source, missing, unexpected, misshapen)
+    wrong = [f"{len(names)} {what}: {', '.join(list(names)[:5])}{' ...' if len(names) > 5 else ''}"
+             for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
+    if wrong:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong)}")
 
 
 def hf_config(folder):
     """config.json of a Hugging Face directory -> LlamaConfig."""
     c = read_json(folder / "config.json")
-    if c.get("model_type", "llama") != "llama":
-        raise ValueError(f"{folder / 'config.json'}: model_type {c['model_type']!r}; only Llama-architecture models are read")
-    if c.get("attention_bias") or c.get("mlp_bias") or c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder / 'config.json'}: biases or an activation other than SiLU are not Llama's")
     scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{folder / 'config.json'}: rope_scaling of type {kind!r}; default and llama3 are known")
+    known = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+    wrong = [f"{k} {c[k]!r}" for k, values in known.items() if c.get(k, values[0]) not in values]
+    wrong += [f"rope_scaling of type {kind!r}"] if kind not in ("default", "llama3") else []
+    if wrong:
+        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only models of Llama's architecture are read")
     rope = None if kind == "default" else RopeScaling(
         scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"])
-    try:
-        return LlamaConfig(
-            dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
-            n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], ffn_dim=c["intermediate_size"],
-            vocab_size=c["vocab_size"], rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0),
-            norm_eps=c.get("rms_norm_eps", 1e-6), head_dim=c.get("head_dim") or 0,
-            max_len=c.get("max_position_embeddings", 2048), tied=bool(c.get("tie_word_embeddings", False)), rope_scaling=rope)
-    except KeyError as e:
-        raise ValueError(f"{folder / 'config.json'} has no {e.args[0]!r}") from None
+    # What older files leave out has the value that transformers gives it.
+    return LlamaConfig(
+        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], ffn_dim=c["intermediate_size"],
+        vocab_size=c["vocab_size"], rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0),
+        norm_eps=c.get("rms_norm_eps", 1e-6), head_dim=c.get("head_dim") or 0, tied=bool(c.get("tie_word_embeddings")),
+        max_len=c.get("max_position_embeddings", 2048), rope_scaling=rope)
 
 
-def hf_tensors(folder):
-    """Yield (name, read()) of every tensor in a Hugging Face directory, shard by shard."""
-    for pattern, index in (("*.safetensors", "model.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model.bin.index.json")):
-        if (folder / index).exists():
-            files = [folder / f for f in sorted(set(read_json(folder / index)["weight_map"].values()))]
-        else:
-            files = sorted(f for f in folder.glob(pattern) if not f.name.startswith(("adapter_", "consolidated")))
-        for file in files:
-            if file.suffix == ".safetensors":
-                with open_safetensors(file) as f:
-                    yield from ((k, lambda k=k: f.get_tensor(k)) for k in f.keys())
-            else:
-                state = open_pickle(file)
-                yield from ((k, lambda k=k: state[k]) for k in state)
+def hf_files(folder):
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.exists():
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        files = sorted(folder.glob(f"{stem}*{suffix}"))
         if files:
-            return
-    raise FileNotFoundError(f"{folder} holds no model*.safetensors and no pytorch_model*.bin")
+            return files
+    raise FileNotFoundError(f"{folder} has config.json, but no model*.safetensors and no pytorch_model*.bin")
 
 
-def empty_llama(config, dtype, device):
-    with torch.device("meta"):
-        model = Llama(config).to(dtype)
-    return model.to_empty(device=device).eval()
+def hf_tensors(folder, model):
+    """-> {Hugging Face's name: parameter}, and all (name, read()) in the files."""
+    params = {their_name(ours, HUGGING_FACE): p for ours, p in model.named_parameters()}
+    # Left out: the frequencies in old Vicuna files, computed here; and a tied embedding repeated as output layer.
+    left_out = ("rotary_emb.inv_freq", "lm_head.weight") if model.config.tied else "rotary_emb.inv_freq"
+    return params, ((name, read) for file in hf_files(folder) for name, read in open_tensors(file).items()
+                    if not name.endswith(left_out))
 
 
-def load_hf(folder, dtype, device):
-    config = hf_config(folder)
-    model = empty_llama(config, dtype, device)
-    keys, params = named(HF_KEYS, config.n_layers), dict(model.named_parameters())
-    if config.tied:
-        keys["lm_head.weight"] = None       # some files repeat the embedding under this name
-    tensors = ((keys.get(k, f"{k} (theirs)"), read) for k, read in hf_tensors(folder))
-    fill(params, ((k, read) for k, read in tensors if k is not None), str(folder))
-    return model
+# Meta's params.json is silent about these; they stand in its code (llama, llama3, llama-models: model.py, apply_scaling).
+META_THETA = {"Llama-2": 10000.0, "Llama-3": 500000.0}
+META_SCALING = {"3.1": RopeScaling(factor=8.0), "3.2": RopeScaling(factor=32.0)}
 
 
-def meta_config(folder, shards):
-    """params.json and the shapes in the shards -> LlamaConfig."""
-    p, one, n = read_json(folder / "params.json"), shards[0], len(shards)
-    dim, heads = p["dim"], p["n_heads"]
-    table = one["tok_embeddings.weight"].shape
-    vocab = one["output.weight"].shape[0] * n                                      # Llama-2 writes vocab_size -1
-    if p.get("vocab_size", -1) not in (-1, vocab) or table not in ((vocab, dim // n), (vocab // n, dim)):
-        raise ValueError(f"{folder}: params.json says vocab_size {p.get('vocab_size')} and dim {dim}, the {n} shards hold an "
-                         f"embedding of {tuple(table)} each and {vocab} outputs")
-    family = "llama-3" if vocab >= 100000 else "llama-2"
+def meta_config(folder):
+    """params.json and the first shard -> LlamaConfig."""
+    p, files = read_json(folder / "params.json"), meta_files(folder)
+    first, dim, heads = open_pickle(files[0]), p["dim"], p["n_heads"]
+    table, vocab = first["tok_embeddings.weight"], p.get("vocab_size", -1)
+    rows = len(table) * (len(files) if table.shape[1] == dim else 1)               # Llama-2 splits the other dimension
+    if vocab not in (-1, rows):                                                    # Llama-2 writes -1
+        raise ValueError(f"{folder / 'params.json'}: vocab_size {vocab} and dim {dim}, but the embedding in {files[0].name}, "
+                         f"one of {len(files)}, is {tuple(table.shape)}; is a shard missing?")
+    family = "Llama-3" if rows > 100000 else "Llama-2"
+    scaled = bool(p.get("use_scaled_rope"))
+    # Meta's code knows the factor 8 alone; its 3.2 models, 1B and 3B, were trained with 32 (their config.json says so).
+    scaling = META_SCALING["3.2" if dim < 4096 else "3.1"] if scaled else None
+    output = first.get("output.weight")                                            # Llama-3.2 stores the embedding twice
     config = LlamaConfig(
-        dim=dim, n_layers=p["n_layers"], n_heads=heads, n_kv_heads=p.get("n_kv_heads") or heads, vocab_size=vocab,
-        ffn_dim=one["layers.0.feed_forward.w1.weight"].shape[0] * n, norm_eps=p["norm_eps"],
-        rope_theta=p.get("rope_theta", META_ROPE[family]), max_len=8192 if family == "llama-3" else 4096,
-        rope_scaling=META_SCALED_ROPE if p.get("use_scaled_rope") else None)
-    freqs = one.get("rope.freqs")
-    if freqs is not None and not torch.allclose(freqs.float(), rope_frequencies(config), rtol=1e-2):
-        raise ValueError(f"{folder}: rope.freqs in the file contradicts rope_theta {config.rope_theta:g}")
+        dim=dim, n_layers=p["n_layers"], n_heads=heads, n_kv_heads=p.get("n_kv_heads") or heads, vocab_size=rows,
+        ffn_dim=len(first["layers.0.feed_forward.w1.weight"]) * len(files), norm_eps=p["norm_eps"],
+        rope_theta=float(p.get("rope_theta") or META_THETA[family]), rope_scaling=scaling,
+        max_len=131072 if scaled else 8192 if family == "Llama-3" else 4096,
+        tied=output is None or output.data_ptr() == table.data_ptr())
+    freqs = first.get("rope.freqs")
+    if freqs is not None and not torch.allclose(freqs.float(), rope_frequencies(config), rtol=1e-2, atol=1e-6):
+        raise ValueError(f"{files[0]}: rope.freqs contradicts rope_theta {config.rope_theta:g} and rope scaling {scaling}")
     return config
 
 
-def load_meta(folder, dtype, device):
+def meta_files(folder):
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
-        raise FileNotFoundError(f"{folder} has params.json but no consolidated.*.pth")
-    shards = [open_pickle(f) for f in files]
-    config = meta_config(folder, shards)
-    model = empty_llama(config, dtype, device)
-    params, n = dict(model.named_parameters()), len(shards)
-    dims = {k: dim for k, (_, dim) in META_KEYS.items()}
-    dims["tok_embeddings.weight"] = 0 if shards[0]["tok_embeddings.weight"].shape[1] == config.dim else 1
-    keys = {k.format(i): (ours.format(i), dims[k]) for k, (ours, _) in META_KEYS.items()
-            for i in (range(config.n_layers) if "{}" in k else [0])}
-    wanted, tensors = {}, []
-    for theirs, (ours, dim) in keys.items():
-        whole = params[ours]
-        pieces = [whole] if dim is None or n == 1 else whole.chunk(n, dim)         # views: a shard goes to its place
-        for j, piece in enumerate(pieces):
-            wanted[f"{theirs} of shard {j}"] = piece
-    for j, shard in enumerate(shards):
-        for theirs in shard:
-            if theirs == "rope.freqs" or (j and theirs in keys and keys[theirs][1] is None):
-                continue                    # recomputed; or the same in every shard
-            heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(theirs.split(".")[-2], 0) // n
-            tensors.append((f"{theirs} of shard {j}", lambda shard=shard, k=theirs, h=heads: halve(shard[k], h)))
-    fill(wanted, tensors, str(folder))
-    return model
+        raise FileNotFoundError(f"{folder} has params.json, but no consolidated.*.pth")
+    return files
 
 
-def halve(w, heads):
-    """Rows of a query or key weight from interleaved rotary pairs (Meta) to halves (Hugging Face); heads 0: as it is."""
-    if not heads:
-        return w
-    return w.view(heads, w.shape[0] // heads // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+def meta_tensors(folder, model):
+    """-> {"Meta's name in file": the piece of a parameter that belongs there}, and all (that, read()) in the files."""
+    files, c, params = meta_files(folder), model.config, {}
+    table = open_pickle(files[0])["tok_embeddings.weight"]
+    for ours, p in model.named_parameters():
+        (_, name, dim), layer = named(ours)
+        if ours == "embed.weight" and table.shape[1] != c.dim:
+            dim = 1
+        pieces = [p] * len(files) if dim is None else p.detach().chunk(len(files), dim)
+        params |= {f"{name.format(*layer)} in {file.name}": piece for file, piece in zip(files, pieces)}
+    heads = {"wq": c.n_heads // len(files), "wk": c.n_kv_heads // len(files)}
+
+    def read_all():
+        for file in files:
+            for name, read in open_tensors(file).items():
+                if name == "rope.freqs" or c.tied and name == "output.weight":
+                    continue
+                part = name.split(".")[-2]
+                yield f"{name} in {file.name}", partial(halve, read, heads[part]) if part in heads else read
+    return params, read_all()
 
 
-def load_llama(folder, dtype=torch.float32, device="cpu"):
-    """
-    Read a Llama-architecture model from a Hugging Face directory (config.json) or Meta's (params.json), one tensor at a
-    time, into dtype on device. ValueError names every missing, unexpected or misshapen tensor.
-    """
-    folder = pathlib.Path(folder)
-    if (folder / "config.json").exists():
-        return load_hf(folder, dtype, device)
-    if (folder / "params.json").exists():
-        return load_meta(folder, dtype, device)
-    raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
+def halve(read, heads):
+    """Rows of a query or key weight from interleaved rotary pairs (Meta) to halves (Hugging Face)."""
+    w = read()
+    return w.view(heads, len(w) // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)
 
 
 def save_llama(model, folder, tokenizer_config=None):
     """Write the model as a Hugging Face directory (LoRA must be merged first)."""
     if lora_layers(model):
         raise ValueError("merge_lora before saving the whole model, or save_lora for the adapter alone")
-    folder, c = pathlib.Path(folder), model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = {ours: k for k, ours in named(HF_KEYS, c.n_layers).items() if ours}
-    save_file({theirs[k]: p.detach().contiguous() for k, p in model.named_parameters()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    rope = c.rope_scaling and dict(rope_type="llama3", factor=c.rope_scaling.factor,
-                                   low_freq_factor=c.rope_scaling.low_freq_factor,
-                                   high_freq_factor=c.rope_scaling.high_freq_factor,
-                                   original_max_position_embeddings=c.rope_scaling.original_max_len)
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=c.dim, intermediate_size=c.ffn_dim,
-                  num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-                  head_dim=c.head_dim, vocab_size=c.vocab_size, max_position_embeddings=c.max_len, rope_theta=c.rope_theta,
-                  rope_scaling=rope, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, hidden_act="silu", torch_dtype=dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    folder, c, s = pathlib.Path(folder), model.config, model.config.rope_scaling
+    scaling = s and dict(rope_type="llama3", factor=s.factor, low_freq_factor=s.low_freq_factor,
+                         high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_max_len)
+    config = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=c.dim, intermediate_size=c.ffn_dim,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+        vocab_size=c.vocab_size, max_position_embeddings=c.max_len, rope_theta=c.rope_theta, rope_scaling=scaling,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, hidden_act="silu", bos_token_id=None, eos_token_id=None,
+        torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+    write_tensors(folder / "model.safetensors", {their_name(k, HUGGING_FACE): p for k, p in model.named_parameters()})
+    write_json(folder / "config.json", config)
     if tokenizer_config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))
+        write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def read_json(path):
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+
+
+def read_json_if_there(path):
+    return read_json(path) if path.exists() else {}
+
+
+def write_json(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def write_tensors(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: p.detach().contiguous() for k, p in tensors.items()}, path.with_suffix(".tmp"), metadata={"format": "pt"})
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def open_safetensors(path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a whole safetensors file ({e}); download it again") from None
+
+
+def open_pickle(path):
+    """A .bin or .pth file as {name: tensor}, without running any code in it; mapped, not read, where it is a zip."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        # torch.save before 1.6 wrote no zip: such a file is read whole.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        if code:
+            raise ValueError(f"{path} is refused: its pickle wants to run {code[1]}; use a safetensors file") from None
+        raise ValueError(f"{path} is not a whole PyTorch file ({str(e).splitlines()[0]}); download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"{path} holds something else than named tensors; expected a model's state dict")
+    return state
+
+
+def open_tensors(path):
+    """{name: function that reads the tensor} of a .safetensors, .bin or .pth file; to be read once each."""
+    if path.suffix == ".safetensors":
+        file = open_safetensors(path)
+        return {name: partial(file.get_tensor, name) for name in file.keys()}
+    state = open_pickle(path)
+    return {name: partial(state.pop, name) for name in state}
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
 # All have: encode(text) -> ids, never a special one; decode(ids) -> text, specials left out; bos_id (None: no such
 # token); stop_ids; special {name: id}; adds_space: whether encode puts a space before the text by itself.
+
+LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")                     # of the text, a message, a turn
+
 
 class ByteTokenizer:
     """Text as its UTF-8 bytes, ids 0-255, and a few specials behind them. What the tiny model reads."""
@@ -655,178 +670,149 @@ class ByteTokenizer:
         self.stop_ids = {self.special[s] for s in ("<|end_of_text|>", "<|eot_id|>", "</s>")}
 
     def encode(self, text):
-        return list(text.encode("utf-8"))
+        return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
+class SentencePieceTokenizer:
+    """tokenizer.model of Llama-2 and Vicuna. Text goes in as data: a typed "</s>" is spelled out, not the token."""
+
+    def __init__(self, path):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path} is neither a SentencePiece model nor Llama-3's token list") from None
+        self.special = {self.model.id_to_piece(i): i for i in range(self.model.vocab_size()) if self.model.is_control(i)}
+        self.bos_id, self.stop_ids = self.model.bos_id(), {self.model.eos_id()}
+        self.adds_space = self.model.encode("a", out_type=str)[0].startswith("\u2581")
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode([i for i in ids if i < self.model.vocab_size() and not self.model.is_control(i)])
+
+
+MAX_CHARS, MAX_RUN = 400_000, 25_000        # Meta's numbers (llama3/tokenizer.py)
+
+
+def pieces(text, max_run=MAX_CHARS):
+    """text in pieces that tiktoken can take: it fails on very long texts, and slows down on long runs without a space."""
+    for i in range(0, len(text), MAX_CHARS):
+        part = text[i:i + MAX_CHARS]
+        runs = re.finditer(r"\s+|\S+", part) if len(part) > max_run else ()
+        cuts = [cut for run in runs for cut in range(run.start() + max_run, run.end(), max_run)]
+        yield from (part[a:b] for a, b in zip([0, *cuts], [*cuts, len(part)]))
+
+
 class Llama3Tokenizer:
-    """Meta's tokenizer.model: one line a token, base64 and rank (llama3/tokenizer.py)."""
+    """Meta's tokenizer.model: one line a token, base64 and rank (llama-models, llama3/tokenizer.py)."""
     adds_space = False
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
              "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-             "<|eot_id|>", "<|python_tag|>"]
+             "<|eot_id|>", "<|python_tag|>", "<|image|>"] + [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
 
     def __init__(self, path):
         lines = pathlib.Path(path).read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-        names = self.NAMES + [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(self.NAMES) + 2)]
-        self.special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.model = BytePairs(self.PATTERN, ranks, self.special)
+        self.special = {name: len(ranks) + i for i, name in enumerate(self.NAMES)}
+        self.bpe = tiktoken.Encoding("llama-3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
         self.bos_id = self.special["<|begin_of_text|>"]
-        self.stop_ids = {self.special[s] for s in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")}
+        self.stop_ids = {self.special[name] for name in LLAMA3_STOPS}
 
     def encode(self, text):
-        return self.model.encode(text)
+        return [i for piece in pieces(text, MAX_RUN) for i in self.bpe.encode_ordinary(piece)]
 
     def decode(self, ids):
-        return self.model.decode(ids)
-
-
-class BytePairs:
-    """tiktoken, fed in pieces: its regular expressions slow down, then fail, on very long runs of one kind of character."""
-    MAX_CHARS, MAX_RUN = 400_000, 25_000    # Meta's numbers (llama3/tokenizer.py)
-
-    def __init__(self, pattern, ranks, special):
-        import tiktoken
-        self.bpe = tiktoken.Encoding("byte-pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.is_special = set(special.values())
-
-    def pieces(self, text):
-        for i in range(0, len(text), self.MAX_CHARS):
-            part = text[i:i + self.MAX_CHARS]
-            start = run = 0
-            for j, ch in enumerate(part):
-                run = run + 1 if j and ch.isspace() == part[j - 1].isspace() else 1
-                if run > self.MAX_RUN:
-                    yield part[start:j]
-                    start, run = j, 1
-            yield part[start:]
-
-    def encode(self, text):
-        return [t for piece in self.pieces(text) for t in self.bpe.encode_ordinary(piece)]
-
-    def decode(self, ids):
-        return self.bpe.decode([i for i in ids if i not in self.is_special])
-
-
-class SentencePieceTokenizer:
-    """tokenizer.model of Llama-2 and Vicuna. Text goes in as data: a typed "</s>" is spelled out, not the token."""
-    adds_space = True
-
-    def __init__(self, path):
-        import sentencepiece
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.special = {self.model.id_to_piece(i): i for i in range(self.model.vocab_size()) if self.model.is_control(i)}
-        self.bos_id, self.stop_ids = self.model.bos_id(), {self.model.eos_id()}
-
-    def encode(self, text):
-        return self.model.encode(text)
-
-    def decode(self, ids):
-        return self.model.decode([i for i in ids if not self.model.is_control(i)])
+        specials = set(self.special.values())
+        return self.bpe.decode([i for i in ids if i not in specials])
 
 
 # The characters with which GPT-2's byte-level BPE writes the 256 bytes: printable ones stand for themselves.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class ByteLevelTokenizer:
-    """tokenizer.json of a byte-level BPE model (Hugging Face Llama-3, SmolLM2), run by tiktoken."""
+    """
+    tokenizer.json of a byte-level BPE model (Hugging Face's Llama-3, SmolLM2), run by tiktoken.
+    tiktoken merges the pair whose *result* has the lowest rank, Hugging Face the pair that stands first in `merges`: so
+    the ranks made here are the 256 bytes, then the results of the merges in their order, whatever the ids are.
+    """
     adds_space = False
 
     def __init__(self, path):
-        t = read_json(path)
-        vocab, added = t["model"]["vocab"], t.get("added_tokens", [])
-        self.special = {a["content"]: a["id"] for a in added}
-        self.splits, self.pattern = split_pattern(t.get("pre_tokenizer"), path)
-        ranks = {bytes(BYTE_OF[ch] for ch in token): i for token, i in vocab.items() if token not in self.special}
-        self.known = {b for token in ranks if len(token) == 1 for b in token}
-        self.ids_of_ranks, ranks = merge_order(t["model"]["merges"], ranks)
-        self.model = BytePairs(self.pattern, ranks, {})
-        self.rank_of_ids = {v: k for k, v in self.ids_of_ranks.items()}
-        config = pathlib.Path(path).parent / "tokenizer_config.json"
-        config = read_json(config) if config.exists() else {}
-        name = lambda key: (config.get(key) or {}).get("content") if isinstance(config.get(key), dict) else config.get(key)
-        self.bos_id = self.special.get(name("bos_token"))
-        stops = [name("eos_token"), "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>"]
-        self.stop_ids = {self.special[s] for s in stops if s in self.special}
+        t, config = read_json(path), read_json_if_there(pathlib.Path(path).parent / "tokenizer_config.json")
+        model, pattern = t["model"], split_pattern(t, path)
+        self.special = {a["content"]: a["id"] for a in t.get("added_tokens", [])}
+        ids = {bytes(BYTE_OF[ch] for ch in token): i for token, i in model["vocab"].items() if token not in self.special}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        ordered = [bytes([b]) for b in range(256)] + [bytes(BYTE_OF[ch] for ch in a + b) for a, b in merges]
+        if model.get("ignore_merges"):      # a piece of text that is a token becomes it, even if no merges lead there
+            ordered += ids
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(ordered))}
+        self.bpe = tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.id_of = [ids.get(token) for token in ranks]                           # None: a byte the vocabulary lacks
+        self.rank_of = {i: rank for rank, i in enumerate(self.id_of) if i is not None}
+        name = lambda key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
+        self.bos_id = self.special.get(name("bos_token") or "<|begin_of_text|>")
+        self.stop_ids = {self.special[s] for s in (name("eos_token"), "<|im_end|>", *LLAMA3_STOPS) if s in self.special}
 
     def encode(self, text):
-        pieces = [text]
-        for split in self.splits:
-            pieces = [p for piece in pieces for p in re.split(split, piece) if p]
-        if len(self.known) < 256:           # a vocabulary without some bytes: they are dropped, as Hugging Face does
-            return [i for p in pieces for i in self.encode_known(p)]
-        return [self.ids_of_ranks[r] for p in pieces for r in self.model.encode(p)]
-
-    def encode_known(self, piece):
-        out = []
-        for r in self.model.encode(piece):
-            i = self.ids_of_ranks.get(r)
-            out += [] if i is None else [i]
-        return out
+        ids = (self.id_of[rank] for piece in pieces(text) for rank in self.bpe.encode_ordinary(piece))
+        return [i for i in ids if i is not None]                                   # as Hugging Face, which drops such bytes
 
     def decode(self, ids):
-        return self.model.decode([self.rank_of_ids[i] for i in ids if i in self.rank_of_ids])
+        return self.bpe.decode([self.rank_of[i] for i in ids if i in self.rank_of])
 
 
-def merge_order(merges, ids):
-    """
-    tiktoken merges the pair whose *result* has the lowest rank; Hugging Face the pair that stands first in `merges`.
-    Ranks are therefore: the single bytes, then the results of the merges in order. -> ({rank: id}, {token: rank})
-    """
-    ranks = {bytes([b]): b for b in range(256)}
-    for merge in merges:
-        a, b = merge.split(" ") if isinstance(merge, str) else merge
-        token = bytes(BYTE_OF[ch] for ch in a + b)
-        ranks.setdefault(token, len(ranks))
-    return {r: ids[token] for token, r in ranks.items() if token in ids}, ranks
+# GPT-2's split, and the same where every digit is cut out first: spaces before a digit then end their piece.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_SPLIT = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
-def split_pattern(pre, path):
-    """A tokenizer.json's pre_tokenizer -> (patterns whose matches are cut out first, the pattern for tiktoken)."""
-    cuts, pattern = [], None
-    for step in (pre or {}).get("pretokenizers", [pre] if pre else []):
-        kind = step["type"]
-        if kind == "Digits":
-            cuts.append(r"(\d)" if step["individual_digits"] else r"(\d+)")
-        elif kind == "Split" and "Regex" in step["pattern"] and step["behavior"] == "Isolated" and not step.get("invert"):
-            pattern = step["pattern"]["Regex"]
-        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            pattern = GPT2_SPLIT if step.get("use_regex", True) else pattern
-        else:
-            raise ValueError(f"{path}: pre_tokenizer {step} is not known; Digits, Split (Regex, Isolated) and ByteLevel are")
-    if pattern is None:
-        raise ValueError(f"{path}: the pre_tokenizer has no pattern to split by")
-    return cuts, pattern
+def split_pattern(t, path):
+    """What a tokenizer.json does before BPE, as one pattern for tiktoken; ValueError names what cannot be one."""
+    pre = t.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    first, last, kinds = steps[0], steps[-1], [step.get("type") for step in steps]
+    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space", True) and not t.get("normalizer"):
+        by_gpt2 = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and by_gpt2:
+            return GPT2_SPLIT
+        if kinds == ["Digits", "ByteLevel"] and by_gpt2 and first["individual_digits"]:
+            return DIGITS_SPLIT
+        isolated = first.get("behavior") == "Isolated" and not first["invert"] and "Regex" in first["pattern"]
+        if kinds == ["Split", "ByteLevel"] and isolated and not by_gpt2:
+            return first["pattern"]["Regex"]
+    raise ValueError(f"{path}: normalizer {t.get('normalizer')} with pre_tokenizer {pre} is not known; known are no normalizer "
+                     "with ByteLevel, with Digits (each) and ByteLevel, or with Split (Regex, Isolated) and ByteLevel")
 
 
 def load_tokenizer(path):
     """The tokenizer in a file or directory, its kind read from the content."""
     path = pathlib.Path(path)
+    if path.is_dir():
+        return load_tokenizer_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
-    if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-            if (path / name).exists() and (name != "tokenizer.json" or is_byte_level(path / name)):
-                return load_tokenizer(path / name)
-        raise FileNotFoundError(f"{path} has no tokenizer.model and no tokenizer.json of a byte-level BPE model")
-    if path.name == "tokenizer_config.json":
-        if read_json(path).get("tokenizer_class") == "ByteTokenizer":
-            return ByteTokenizer()
-        raise FileNotFoundError(f"{path.parent} has no tokenizer.model and no tokenizer.json of a byte-level BPE model")
     if path.suffix == ".json":
         return ByteLevelTokenizer(path)
-    first = path.read_bytes()[:64].split(b"\n")[0]
-    return Llama3Tokenizer(path) if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+", first) else SentencePieceTokenizer(path)
+    first = path.read_bytes()[:400].split(b"\n")[0]
+    return Llama3Tokenizer(path) if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", first) else SentencePieceTokenizer(path)
 
 
-def is_byte_level(path):
-    t = read_json(path)
-    return t.get("model", {}).get("type") == "BPE" and not t["model"].get("byte_fallback")
+def load_tokenizer_folder(folder):
+    files = [folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists()]
+    if read_json_if_there(folder / "tokenizer_config.json").get("tokenizer_class") == "ByteTokenizer":
+        return ByteTokenizer()
+    if not files:
+        raise FileNotFoundError(f"{folder} has no tokenizer.model and no tokenizer.json")
+    tokenizer = load_tokenizer(files[0])
+    stops = read_json_if_there(folder / "generation_config.json").get("eos_token_id") or []
+    tokenizer.stop_ids |= set(stops if isinstance(stops, list) else [stops])
+    return tokenizer

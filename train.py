@@ -198,15 +198,17 @@ class Log:
         self.path, self.start, self.steps, self.began = folder / "log.jsonl", start, steps, time.time()
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.last = time.time()
+        self.file, self.last = None, time.time()
 
     def step(self, step, loss, norm, lr, tokens):
         now = time.time()
         row = dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens, seconds=round(now - self.last, 3))
         self.rows.append(row)
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        new = self.rows[-1:]
+        if self.file is None:               # not before the first step has worked; a resumed run keeps its lines
+            self.file, new = self.path.open("w"), self.rows
+        self.file.writelines(json.dumps(r) + "\n" for r in new)
+        self.file.flush()
         left = (now - self.began) / (step - self.start) * (self.steps - step)
         line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / (now - self.last):7,.0f} tok/s | lr {lr:.2e} | "
                 f"gnorm {norm:6.2f} | {left:5.0f} s left")
@@ -275,7 +277,8 @@ def parse_args():
     p.add_argument("--stop-after", type=int, help="end the process after this step, the schedule unchanged; then --resume")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
     p.add_argument("--seed", type=int, default=0, help="default 0")
-    p.add_argument("--workers", type=int, default=2, help="data processes of each process; 0: none (default 2)")
+    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() // 2),
+                   help="data processes of each process; 0: none (default: half the cores, at most 4)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and of autocast (default: bfloat16 on GPU)")
     p.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute LM layers in the backward pass: less memory, more time")
@@ -362,8 +365,6 @@ def start_processes():
         torch.cuda.set_device(local)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    elif not cuda:
-        torch.set_num_threads(os.cpu_count())                                      # torchrun would allow one thread only
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

@@ -1,0 +1,210 @@
+"""
+Proves that neither accumulation nor the number of processes changes a gradient, that a resumed run is the same run bit
+for bit, and that a mistake ends a run with one line, exit code 2 and nothing half-written.
+
+    pytest tests/test_train.py
+"""
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import scenes
+import train
+from aquila import set_stage
+from data import collate
+from test_aquila import ROWS
+
+PLAIN = contextlib.nullcontext()
+
+
+def one_step(small, lora, batches):
+    model = small(lora=lora).train()
+    params = list(set_stage(model, 2).values())
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    loss, norm, tokens = train.train_step(model, optimizer, batches, params, 0.01, PLAIN, clip=1e9)
+    return loss, norm, {k: p.detach().clone() for k, p in model.trained().items()}
+
+
+def test_accumulation_equals_one_big_batch(small, lora):
+    """Answers of very unequal length, one row without an image: four micro-batches against one batch of four."""
+    whole = one_step(small, lora, [collate(ROWS)])
+    parts = one_step(small, lora, [collate([row]) for row in ROWS])
+    assert abs(whole[0] - parts[0]) < 1e-5 and abs(whole[1] - parts[1]) < 1e-4 * whole[1]
+    assert all(torch.allclose(p, parts[2][k], rtol=0, atol=1e-6) for k, p in whole[2].items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small, lora):
+    with pytest.raises(ValueError, match="the loss is nan.*a scene"):
+        bad = collate(ROWS)
+        one_step(small, lora, [{**bad, "images": bad["images"] * float("nan")}])
+
+
+def test_batches_split_one_stream_among_processes():
+    """Two processes together take what one takes, in every step; every sample once an epoch; a resumed stream goes on."""
+    def of(rank, world, start=0):
+        return list(train.Batches(n=10, batch=4, micro=2, steps=5, start=start, seed=1, rank=rank, world=world))
+    one, two = of(0, 1), [of(r, 2) for r in range(2)]
+    assert one == [micro for pair in zip(*two) for micro in pair]
+    stream = [i for micro in one for i in micro]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
+    assert of(0, 1, start=3) == one[6:] and len(train.Batches(10, 4, 2, 5, 3, 1, 0, 1)) == 4
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert max(rates) == 2.0 and rates[55] == pytest.approx(1.0, abs=0.01) and 0 < rates[99] < 0.01
+
+
+def test_the_published_recipe_is_the_papers():
+    """Table 2."""
+    one, two = train.RECIPES["aquila-8b"][1], train.RECIPES["aquila-8b"][2]
+    assert (one.lr, one.decay, one.warmup, one.batch, one.epochs) == (1e-3, 0.05, 0.06, 32, 1)
+    assert (two.lr, two.decay, two.warmup, two.batch, two.epochs) == (4e-5, 0.1, 0.03, 32, 1)
+    assert (two.lora.rank, two.lora.alpha, two.lora.dropout) == (64, 16, 0.05) and train.BETAS == (0.9, 0.95)
+
+
+# ---- the command
+
+def command(*args):
+    """Run train.py in this process, as the command line would; -> (exit code, stderr)."""
+    import io
+    old, sys.argv, err = sys.argv, ["train.py", *map(str, args), "--workers", "0"], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            train.main()
+        return 0, err.getvalue()
+    except SystemExit as e:
+        return e.code, err.getvalue()
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Every other record has no image, so that with micro-batches of one some process meets none."""
+    rows = scenes.records("train", 4, "chat", size=128)
+    rows += [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "it " * i}]}
+             for i in range(1, 5)]
+    path = tmp_path_factory.mktemp("data") / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage1(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "stage1"
+    assert command("--stage", 1, "--data", data, "--out", out, "--batch", 4, "--micro", 2, "--steps", 2) == (0, "")
+    return out
+
+
+STEP2 = ("--stage", 2, "--batch", 4, "--micro", 1, "--lora-dropout", 0, "--lora-rank", 4, "--seed", 3)
+
+
+def test_two_processes_train_as_one(data, stage1, tmp_path):
+    """torchrun, gloo, LoRA dropout 0, two steps: the weights of one process to float rounding; no hang without images."""
+    flags = ("--init-from", stage1, "--data", data, "--steps", 2)
+    assert command(*STEP2, *flags, "--out", tmp_path / "one")[0] == 0
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run([*torchrun, *map(str, STEP2 + flags), "--out", str(tmp_path / "two"), "--workers", "0"],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / k / "model.safetensors") for k in ("one", "two"))
+    start = load_file(stage1 / "model.safetensors")
+    assert one.keys() == two.keys() and any(not torch.equal(one[k], start[k]) for k in start)
+    # Adam divides by tiny gradients, so rounding is seen against the learning rate, not against the weight.
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / k / "log.jsonl").open()] for k in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_a_resumed_run_is_the_same_run(data, stage1, tmp_path):
+    """4 steps == 2 steps, a stop, 2 more: every weight bit for bit, with LoRA dropout on; and the log has all four."""
+    flags = (*STEP2[:6], "--lora-rank", 4, "--lora-dropout", 0.5, "--init-from", stage1, "--data", data, "--steps", 4)
+    assert command(*flags, "--out", tmp_path / "whole")[0] == 0
+    assert command(*flags, "--out", tmp_path / "halves", "--stop-after", 2, "--save-every", 1)[0] == 0
+    assert not (tmp_path / "halves/model.safetensors").exists()
+    assert command(*flags, "--out", tmp_path / "halves", "--resume", "auto")[0] == 0
+    whole, halves = (load_file(tmp_path / k / "model.safetensors") for k in ("whole", "halves"))
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert [json.loads(line)["step"] for line in (tmp_path / "halves/log.jsonl").open()] == [1, 2, 3, 4]
+    assert Image.open(tmp_path / "halves/loss.png").size == (800, 420)
+    code, err = command(*flags, "--out", tmp_path / "halves", "--resume", "auto", "--lr", 1.0)
+    assert code == 2 and "recipe" in err and err.count("\n") == 1
+
+
+def test_a_finished_run_is_not_overwritten(data, stage1):
+    before = (stage1 / "model.safetensors").read_bytes()
+    code, err = command("--stage", 1, "--data", data, "--out", stage1)
+    assert code == 2 and "--resume auto" in err and "--overwrite" in err
+    assert (stage1 / "model.safetensors").read_bytes() == before
+
+
+def test_the_rows_of_table_5(data, tmp_path):
+    """{concat, sfi} x {no MDA, MDA} by flags; stage 2 keeps what stage 1 decided and refuses a flag against it."""
+    for integration in ("concat", "sfi"):
+        for layers in ("none", "1,3"):
+            out = tmp_path / f"{integration}-{layers}"
+            flags = ("--data", data, "--batch", 2, "--micro", 2, "--steps", 1)
+            assert command("--stage", 1, *flags, "--out", out, "--integration", integration, "--mda-layers", layers) == (0, "")
+            names = load_file(out / "model.safetensors")
+            assert any(k.startswith("mda.3") for k in names) == (layers != "none")
+            assert any("conv" in k for k in names) == (integration == "concat")
+    code, err = command("--stage", 2, *flags, "--init-from", out, "--mda-layers", "0", "--out", tmp_path / "x")
+    assert code == 2 and "contradicts" in err
+
+
+def broken(tmp_path):
+    """Data files and folders, each with one mistake: {name: (flags, what the line must say)}."""
+    row = {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((64, 64), 50).save(tmp_path / "images/whole.png")
+    (tmp_path / "images/cut.png").write_bytes((tmp_path / "images/whole.png").read_bytes()[:2000])
+    (tmp_path / "images/text.png").write_text("no image")
+    (tmp_path / "file").write_text("")
+
+    def data(name, text):
+        (tmp_path / name).write_text(text)
+        return ("--data", tmp_path / name, "--images", tmp_path / "images")
+
+    line = lambda **change: json.dumps({**row, **change}) + "\n"
+    return {
+        "missing data file": (("--data", tmp_path / "none.jsonl"), "none.jsonl is not there"),
+        "missing image": (data("1.jsonl", line(image="none.png")), "record 7: image none.png: no such file"),
+        "truncated image": (data("2.jsonl", line(image="cut.png")), "record 7: image"),
+        "not an image": (data("3.jsonl", line(image="text.png")), "not an image"),
+        "JSON cut off": (data("4.jsonl", line(image="whole.png") + line()[:40]), "line 2: not valid JSON"),
+        "answer first": (data("5.jsonl", line(conversations=row["conversations"][::-1])), "turns are from"),
+        "unknown preset": (("--preset", "huge"), "unknown preset 'huge'"),
+        "stage 2 without stage 1": (("--stage", 2, "--init-from", tmp_path / "nothing"), "run --stage 1 first"),
+        "out cannot be written": (("--out", tmp_path / "file/run", "--scenes", 2), "cannot be written"),
+        "batch does not divide": (("--batch", 7, "--micro", 2, "--scenes", 2), "not a multiple"),
+        "LoRA in stage 1": (("--lora-rank", 4), "trains no LoRA"),
+        "bad layers": (("--mda-layers", "a"), "expected 'none' or numbers"),
+        "layers out of range": (("--mda-layers", "99", "--scenes", 2), "the LM has layers"),
+        "missing vision file": (("--vision", tmp_path / "v.safetensors", "--scenes", 2), "v.safetensors"),
+        "missing llm": (("--llm", tmp_path / "llm", "--scenes", 2), "llm"),
+    }
+
+
+@pytest.mark.parametrize("mistake", ["missing data file", "missing image", "truncated image", "not an image", "JSON cut off",
+                                     "answer first", "unknown preset", "stage 2 without stage 1", "out cannot be written",
+                                     "batch does not divide", "LoRA in stage 1", "bad layers", "layers out of range",
+                                     "missing vision file", "missing llm"])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, mistake):
+    flags, expected = broken(tmp_path)[mistake]
+    out = tmp_path / "out"
+    stage = () if "--stage" in flags else ("--stage", 1)
+    small = () if "--batch" in flags else ("--batch", 1, "--micro", 1)
+    code, err = command(*stage, *small, "--out", out, "--steps", 2, *flags)
+    assert code == 2 and err.count("\n") == 1 and expected in err, err
+    assert not out.exists() or not any(f.name.startswith(("model", "state")) for f in out.iterdir())
