@@ -51,7 +51,7 @@ def parse_records(path):
         except ValueError as e:
             raise ValueError(f"{path} is not valid JSON: {e}; was the file cut off?") from None
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):                            # splitlines() also cuts at U+2028
         if line.strip():
             try:
                 yield number, json.loads(line)

@@ -92,7 +92,9 @@ def read_rows(path):
     path, rows = pathlib.Path(path), []
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected predictions, one JSON object a line")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as e:

@@ -71,7 +71,7 @@ LLAMAS = {
                               rope_theta=500000.0),
     "vicuna-7b": LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008, vocab_size=32000,
                              max_len=4096),
-    "tiny": LlamaConfig(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=264, max_len=2048,
+    "tiny": LlamaConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=640, max_len=2048,
                         tied=True),
 }
 
@@ -209,7 +209,8 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        # Not nn.Embedding(): its own random start costs seconds and 60 MB of imports on the meta device.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size)
@@ -633,11 +634,12 @@ def open_pickle(path):
     try:
         # torch.save before 1.6 wrote no zip: such a file is read whole.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
         code = re.search(r"GLOBAL (\S+)", str(e))
         if code:
             raise ValueError(f"{path} is refused: its pickle wants to run {code[1]}; use a safetensors file") from None
-        raise ValueError(f"{path} is not a whole PyTorch file ({str(e).splitlines()[0]}); download it again") from None
+        reason = re.split(r"\n|\. ", str(e))[0] or "it ends too early"
+        raise ValueError(f"{path} is not a whole PyTorch file ({reason}); download it again") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f"{path} holds something else than named tensors; expected a model's state dict")
     return state

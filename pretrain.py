@@ -2,7 +2,7 @@
 Makes the tiny stand-ins for CLIP and Llama that stand in weights/, from scratch, on the built-in scenes of the train split.
 
     python pretrain.py vision      # weights/tiny-clip.safetensors: a ConvNeXt and a text tower trained as CLIP is
-    python pretrain.py llm         # weights/tiny-llm/: a byte-level Llama trained on text alone
+    python pretrain.py llm         # weights/tiny-llm/: a Llama, and its tokenizer, trained on text alone
     python pretrain.py             # both
 
 What the papers take from the web is imitated in kind: the vision tower sees pictures with sentences and learns which
@@ -11,10 +11,13 @@ a picture. Neither sees a scene of the val or test split. The files have the pub
 a Hugging Face directory), so that the tiny parts go through the very loaders that read the real ones.
 """
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
+import re
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -25,8 +28,8 @@ from torch import nn
 
 import scenes
 from convnext import CONVNEXTS, ChannelNorm, ConvNeXt
-from data import CLIP_MEAN, CLIP_STD, collate, encode_record
-from llama import LLAMAS, ByteTokenizer, Llama, save_llama
+from data import CLIP_MEAN, CLIP_STD, IGNORE, collate, encode_record
+from llama import BYTE_OF, LLAMAS, Llama, load_tokenizer, save_llama
 
 SIZE = 128                                  # pixels; the image side of the tiny presets
 PLACES = [f"{v} {h}".strip() for v in ("top", "", "bottom") for h in ("left", "", "right")]
@@ -182,7 +185,7 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
 # ---------------------------------------------------------------------------------------------- language, from text
 
 def conversation(index, rng):
-    """A scene told in words, then its questions or its caption: what an LM can learn of the world without pictures."""
+    """A scene told in words, then its questions and a caption: what an LM can learn of the world without pictures."""
     key = scenes.Key("train", 0, index, SIZE)
     asked = scenes.questions(key)
     turns = [text for i in rng.permutation(len(asked))[:6] for text in asked[i][1:]]
@@ -193,20 +196,75 @@ def conversation(index, rng):
     return {"id": str(index), "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
 
 
+SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
+
+
+def byte_pairs(words, size):
+    """Byte-pair encoding (Sennrich et al. 2016): words {tuple of pieces: count}; merge the commonest pair till size merges."""
+    merges = []
+    while len(merges) < size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        a, b = max(sorted(pairs), key=pairs.get)
+        merges.append((a, b))
+        merged = Counter()
+        for word, count in words.items():
+            pieces, i = [], 0
+            while i < len(word):
+                joined = word[i:i + 2] == (a, b)
+                pieces.append(a + b if joined else word[i])
+                i += 1 + joined
+            merged[tuple(pieces)] += count
+        words = merged
+    return merges
+
+
+def write_tokenizer(folder, n_scenes, size, rng):
+    """
+    A byte-level BPE in Hugging Face's layout, learned on the conversations, with Llama-3's specials. One token is about
+    a word, as it is for a real LM; with bytes an image token would have to stand for many letters at once.
+    """
+    texts = [t["value"] for i in range(min(n_scenes, 2000)) for t in conversation(i, rng)["conversations"]]
+    letter = {b: ch for ch, b in BYTE_OF.items()}
+    # On plain ASCII these pieces are those of GPT-2's pattern, which the tokenizer.json names.
+    pieces = Counter(p for text in [*texts, "user", "assistant"] for p in re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
+    words = Counter({tuple(letter[b] for b in piece.encode()): n for piece, n in pieces.items()})
+    merges = byte_pairs(words, size - 256 - len(SPECIALS))
+    vocab = [letter[b] for b in range(256)] + [a + b for a, b in merges]
+    added = [dict(id=len(vocab) + i, content=name, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+             for i, name in enumerate(SPECIALS)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+                 "decoder": level, "model": {"type": "BPE", "unk_token": None, "byte_fallback": False, "fuse_unk": False,
+                                             "vocab": {t: i for i, t in enumerate(vocab)}, "merges": [list(m) for m in merges]}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=0))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, indent=1))
+    return len(vocab) + len(SPECIALS)
+
+
 def pretrain_llm(out, n_scenes, steps, batch, seed):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model, tokenizer = Llama(LLAMAS["tiny"]), ByteTokenizer()
+    folder = out / "tiny-llm"
+    size = write_tokenizer(folder, n_scenes, LLAMAS["tiny"].vocab_size, rng)
+    model, tokenizer = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size)), load_tokenizer(folder)
 
     def loss_of_step(step):
         rows = [encode_record(conversation(int(i), rng), tokenizer, "llama-3") for i in rng.integers(0, n_scenes, batch)]
-        ids = collate(rows)["ids"]
-        logits, target = model(ids[:, :-1]), ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)   # all text, not only answers
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+        batched = collate(rows)
+        ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
+        target = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE)                      # all text is learned, not only answers
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), target.flatten(), ignore_index=IGNORE)
 
     train(model, loss_of_step, steps, 3e-3, 0.1, "llm")
-    save_llama(model.to(torch.bfloat16), out / "tiny-llm", {"tokenizer_class": "ByteTokenizer"})
-    print(f"wrote {out / 'tiny-llm'}")
+    save_llama(model.to(torch.bfloat16), folder)
+    print(f"wrote {folder}")
 
 
 def main():
@@ -215,13 +273,13 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"), help="folder to write (default weights)")
     parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
     parser.add_argument("--vision-steps", type=int, default=700, help="steps of 128 image-text pairs (default 700)")
-    parser.add_argument("--llm-steps", type=int, default=800, help="steps of 16 conversations (default 800)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--llm-steps", type=int, default=900, help="steps of 32 conversations (default 900)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     if args.part != "llm":
         pretrain_vision(args.out, args.scenes, args.vision_steps, 128, args.seed)
     if args.part != "vision":
-        pretrain_llm(args.out, args.scenes, args.llm_steps, 16, args.seed)
+        pretrain_llm(args.out, args.scenes, args.llm_steps, 32, args.seed)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ RECIPES = {
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
-    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=5000),
-             2: Recipe(lr=1e-3, decay=0.10, warmup=0.03, micro=16, scenes=5000, lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
+    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=3200),
+             2: Recipe(lr=1e-3, decay=0.10, warmup=0.03, micro=16, scenes=3200, lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
 
@@ -80,14 +80,15 @@ def optimizer_for(params, decay):
 
 # ---------------------------------------------------------------------------------------------- data
 
+BUILT_IN = {1: ("caption", "chat"), 2: ("chat", "vqa", "caption")}
+
+
 def built_in_records(stage, n, size):
-    """Train scenes as records: captions and conversations to align, then single questions as well."""
-    tasks = {1: ("caption", "chat", "chat"), 2: ("chat", "vqa", "caption")}[stage]
-    # Every scene gives one record a task. A scene's captions and questions take turns from scene to scene.
+    """n train scenes, other ones in each stage, as records: of every scene one of each kind above, wordings taking turns."""
     found = []
-    for k, task in enumerate(tasks):
+    for task in BUILT_IN[stage]:
         by_scene = {}
-        for record in scenes.records("train", n, task, size=size, start=k * n if task == tasks[0] and k else 0):
+        for record in scenes.records("train", n, task, size=size, start=(stage - 1) * n):
             by_scene.setdefault(record["image"], []).append(record)
         found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
     return found
@@ -428,6 +429,8 @@ def run(args, rank, world, device):
     if rank == 0 and log.rows and log.rows[-1]["step"] == steps:
         save_model(model, out)
         draw_curve([row["loss"] for row in log.rows], out / "loss.png")
+        if model.mda:                       # they started at zero
+            print("MDA returns, norm of W_O: " + ", ".join(f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in model.mda.items()))
         print(f"wrote {out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 

@@ -1,5 +1,5 @@
-"""The page holds every prediction, escaped, with its image inside it; the attention drawn is the attention computed; a user's
-mistake gives one line, exit code 2 and no file."""
+"""The page holds every prediction, escaped, with its image inside it; the attention drawn is the attention computed;
+a user's mistake gives one line, exit code 2 and no file."""
 import base64
 import dataclasses
 import io
@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gallery  # noqa: E402
 from aquila import PRESETS, Aquila  # noqa: E402
 from convnext import ConvNeXtConfig  # noqa: E402
-from data import encode_turns  # noqa: E402
+from data import encode_turns, load_image, to_tensor  # noqa: E402
 from llama import ByteTokenizer  # noqa: E402
 
 BAD = '<script>alert("1")</script>'
 ROWS = [
-    {"id": "right", "image": "wide.png", "question": "How many ships?", "prediction": "Two.", "answer": "2", "type": "count"},
-    {"id": "wrong", "image": "gone.png", "question": BAD, "prediction": '"<b>', "answer": "3 \ud83d", "type": 'a "type" <i>'},
+    {"id": "right", "image": "wide.png", "question": "How many?", "prediction": "Two.", "answer": "2", "type": "count"},
+    {"id": "wrong", "image": "gone.png", "question": BAD, "prediction": '"<b>', "type": 'a "type" <i>',
+     "answer": "3 \ud83d"},                 # half of a character, which JSON can hold and UTF-8 cannot
     {"id": "caption", "image": ["wide.png", "scene:test/0/1/64"], "question": "Describe.", "prediction": "a red ship",
      "references": ["a gray ship", "ships at sea"], "type": "caption"},
     {"id": "text", "image": None, "question": "Is it?", "prediction": "yes", "answer": "Yes", "type": "count"},
@@ -56,13 +57,14 @@ def articles(folder):
 def test_a_card_for_every_prediction(folder):
     run(folder, "pred.jsonl", "--out", "gallery.html")
     right, wrong, caption, text = articles(folder)
-    assert 'class="right"' in right and "<b>right</b>" in right and 'data-points="1"' in right and 'data-type="count"' in right
+    assert 'class="right" data-type="count" data-order="0" data-points="1"' in right and "<b>right</b>" in right
     assert 'class="wrong"' in wrong and "<b>wrong</b>" in wrong and 'data-points="0"' in wrong
     assert "image gone.png: no such file" in wrong and "<img" not in wrong
     assert 'class="caption"' in caption and "<b>BLEU-1 67</b>" in caption and "a gray ship\nships at sea" in caption
     assert 'data-points="0.66' in caption and caption.count("<img") == 2
     assert "no image, text only" in text
-    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r'base64,([^"]*)"', right + caption)]
+    found = re.findall(r'base64,([^"]*)"', right + caption)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in found]
     assert sizes == [(320, 50), (320, 50), (64, 64)]                               # shrunk, never enlarged
 
 
@@ -128,8 +130,8 @@ def test_mistakes_give_one_line_and_no_file(tmp_path, capsys, text, arguments, m
 def config():
     tiny = PRESETS["tiny"]
     llm = dataclasses.replace(tiny.llm, dim=32, n_layers=3, ffn_dim=32)
-    return dataclasses.replace(tiny, vision=ConvNeXtConfig((1, 1, 1, 1), (4, 8, 8, 8)), llm=llm, image_size=64, dim=16, heads=2,
-                               mda_layers=(0, 2))
+    return dataclasses.replace(tiny, vision=ConvNeXtConfig((1, 1, 1, 1), (4, 8, 8, 8)), llm=llm, image_size=64, dim=16,
+                               heads=2, mda_layers=(0, 2))
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,8 @@ def images():
 
 
 def prompts(config, *texts):
-    rows = [encode_turns([("user", text), ("assistant", None)], ByteTokenizer(), config.chat, 1, config.image_tokens)[0] for text in texts]
-    return torch.tensor(rows)
+    turns = [[("user", text), ("assistant", None)] for text in texts]
+    return torch.tensor([encode_turns(t, ByteTokenizer(), config.chat, 1, config.image_tokens)[0] for t in turns])
 
 
 def plain_attention(sfi, queries, pyramid):
@@ -204,7 +206,8 @@ def test_layers_that_have_no_sfi(config, model, images):
 def test_the_bright_cell_is_where_the_weight_is():
     weights = [np.zeros(k * k) for k in (8, 4, 2, 1)]
     weights[0][1 * 8 + 6], weights[1][3 * 4 + 0] = 0.75, 0.25                      # row 1, column 6; row 3, column 0
-    picture = np.array(gallery.attention_picture(Image.new("RGB", (96, 64), "black"), weights, (2, 3), (1, 0)), dtype=int)
+    black = Image.new("RGB", (96, 64))
+    picture = np.array(gallery.attention_picture(black, weights, (2, 3), (1, 0)), dtype=int)
     side, yellow = gallery.SIDE, gallery.RAMP[-1] * 160 // 255
     panels = [picture[:side, i * (side + 8):][:, :side] for i in range(5)]
     for panel, k, row, col in ((panels[1], 8, 1, 6), (panels[2], 4, 3, 0)):
@@ -233,6 +236,14 @@ def test_command_draws_a_file_or_a_scene(command, tmp_path, layer):
         command("--image", image, "--token", "1,0", "--layer", layer, "--out", "out.png")
         assert Image.open(tmp_path / "out.png").size == (5 * 328, 368)
         (tmp_path / "out.png").unlink()
+
+
+def test_command_draws_the_token_asked_for(command, model, tmp_path):
+    command("--image", "scene:test/0/3/64", "--token", "1,0", "--out", "out.png")
+    image = load_image("scene:test/0/3/64")
+    weights = [a[0, 2] for a in gallery.sfi_weights(model, to_tensor(image)[None])]
+    expected = gallery.attention_picture(image, weights, (2, 2), (1, 0))
+    assert (np.array(Image.open(tmp_path / "out.png")) == np.array(expected)).all()
 
 
 @pytest.mark.parametrize("arguments, message", [
