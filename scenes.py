@@ -647,20 +647,13 @@ def vqa_records(key):
 
 def chat_records(key):
     """
-    One conversation: up to six questions in random order and, every other time, a caption among them. The format prompt
-    stands where short answers begin and holds for the questions that follow, as in LLaVA-1.5's conversations.
+    One conversation: up to eight questions in random order. The format prompt stands where short answers begin and holds
+    for all that follow, as in LLaVA-1.5's conversations. A caption among them would give the later answers away.
     """
-    rng = scene_rng(key, 4)
-    asked = questions(key)
-    pairs = [asked[i][1:] for i in rng.permutation(len(asked))[:6]]
-    at = int(rng.random() * (len(pairs) + 1)) if rng.random() < 0.5 else None
-    starts = {0} if at is None else {0, at} - {len(pairs)}
-    pairs = [(f"{question}\n{SHORT}" if i in starts else question, answer)
-             for i, (question, answer) in enumerate(pairs)]
-    if at is not None:
-        pairs.insert(at, (pick(rng, CAPTION_PROMPTS), pick(rng, captions(key))))
+    asked, rng = questions(key), scene_rng(key, 4)
+    pairs = [asked[i][1:] for i in rng.permutation(len(asked))[:8]]
     turns = [turn(who, text) for pair in pairs for who, text in zip(("human", "gpt"), pair)]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}\n{SHORT}"
     return [{"id": f"{key.split}-{key.index}-chat", "image": scene_name(key), "type": "chat", "conversations": turns}]
 
 

@@ -57,8 +57,8 @@ RECIPES = {
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
-    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=3200),
-             2: Recipe(lr=1e-3, decay=0.10, warmup=0.03, micro=16, scenes=3200, lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
+    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4500, lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
 
@@ -80,7 +80,7 @@ def optimizer_for(params, decay):
 
 # ---------------------------------------------------------------------------------------------- data
 
-BUILT_IN = {1: ("caption", "chat"), 2: ("chat", "vqa", "caption")}
+BUILT_IN = {1: ("chat", "caption"), 2: ("chat", "vqa", "caption")}
 
 
 def built_in_records(stage, n, size):
