@@ -22,8 +22,8 @@ from torch import nn
 
 from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
 from data import IGNORE, IMAGE_SLOT
-from llama import (LLAMAS, LORA_TARGETS, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_lora, fill, generate, load_llama,
-                   open_safetensors, read_json)
+from llama import (LLAMAS, LORA_TARGETS, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_lora, fill, generate,
+                   load_llama, open_safetensors, read_json)
 from sfi import SFI, Concat, ConcatTokens, ImageTokens, Pyramid
 
 HERE = pathlib.Path(__file__).parent
@@ -46,7 +46,7 @@ class AquilaConfig:
     dim: int = 1024                         # C
     heads: int = 1                          # of every SFI
     integration: str = "sfi"                # or "concat", the baseline of Table 5
-    mda_layers: tuple = tuple(range(0, 32, 4))      # SFI runs before these LM layers; () is no MDA. ASSUMPTION: every fourth
+    mda_layers: tuple = tuple(range(0, 32, 4))      # SFI before these LM layers; () is no MDA. ASSUMPTION: every fourth
     chat: str = "llama-3"
     max_len: int = 4096                     # tokens of a prompt and its answer, image tokens included
     lora: LoRAConfig | None = None
@@ -82,7 +82,7 @@ TRAINS = {1: ("pyramid", "tokens", "mda"), 2: ("pyramid", "tokens", "mda", "lora
 
 
 class MDALayer(nn.Module):
-    """One SFI of the Multi-layer Deep Alignment (Sec. 3.4): hidden states at the image positions ask the pyramid again."""
+    """One SFI of the Multi-layer Deep Alignment (Sec. 3.4): hidden states at image positions ask the pyramid again."""
 
     def __init__(self, config):
         super().__init__()
@@ -172,7 +172,8 @@ class Aquila(nn.Module):
         """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
         with torch.inference_mode():
             x, between = self.prepare(batch)
-            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, between, generator)
+            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, between,
+                                generator)
 
     def answer(self, batch, tokenizer, **options):
         """Prompts -> a list of answers. Options as for generate."""
@@ -233,7 +234,8 @@ def save_model(model, folder):
     """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file_atomically({k: p.detach().cpu().contiguous() for k, p in model.trained().items()}, folder / "model.safetensors")
+    save_file_atomically({k: p.detach().cpu().contiguous() for k, p in model.trained().items()},
+                         folder / "model.safetensors")
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(config_to_dict(model.config), indent=1))
     os.replace(temporary, folder / "config.json")
@@ -241,8 +243,8 @@ def save_model(model, folder):
 
 def load_trained(model, folder, only_known=False):
     """
-    Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not (LoRA,
-    when stage 2 starts from stage 1) keeps its start.
+    Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
+    (LoRA, when stage 2 starts from stage 1) keeps its start.
     """
     file = pathlib.Path(folder, "model.safetensors")
     with open_safetensors(file) as f:
@@ -275,7 +277,8 @@ def describe(config):
     lines = [f"image                {tuple(images.shape)}"]
     lines += [f"map {s}, stride {4 * 2 ** s:<2}     {tuple(m.shape)}" for s, m in enumerate(maps)]
     lines += [f"windows of scale {s}   {tuple(p.shape)}" for s, p in enumerate(pyramid)]
-    lines += [f"image tokens         {tuple(tokens.shape)}", f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
+    lines += [f"image tokens         {tuple(tokens.shape)}",
+              f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
     counts = {}
     for name, p in model.named_parameters():
         counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()

@@ -2,8 +2,9 @@
 Records -> prompts with labels, and images -> tensors.
 
 A record is LLaVA's (one a line in a .jsonl file, or a .json list):
-    {"id": "7", "image": "scene_7.png", "conversations": [{"from": "human", "value": "<image>\nHow many ships are there?"},
-                                                          {"from": "gpt", "value": "2"}]}
+    {"id": "7", "image": "scene_7.png",
+     "conversations": [{"from": "human", "value": "<image>\nHow many ships are there?"},
+                       {"from": "gpt", "value": "2"}]}
 `image` may be a list (one `<image>` each) or be absent (text only). For scoring a record may have `references` (a list
 of reference answers) and `type`. "scene:..." names a built-in scene instead of a file (scenes.py).
 
@@ -86,7 +87,8 @@ def check_form(record):
     roles = [turn.get("from") for turn in turns]
     rest = roles[1:] if roles[0] == "system" else roles
     if rest != ["human", "gpt"] * (len(rest) // 2) or not rest:
-        raise ValueError(f"turns are from {roles[:6]}; expected human, gpt, human, gpt, ... (a system turn may come first)")
+        raise ValueError(f"turns are from {roles[:6]}; expected human, gpt, human, gpt, ... "
+                         "(a system turn may come first)")
     empty = [i for i, turn in enumerate(turns) if turn["from"] == "gpt" and not turn["value"].strip()]
     if empty:
         raise ValueError(f"turn {empty[0]} is an empty answer")
@@ -124,7 +126,8 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"image {path}: {image.mode} pixels (16 or 32 bit); convert it to 8 bit a channel first")
+                raise ValueError(f"image {path}: {image.mode} pixels (16 or 32 bit); "
+                                 "convert it to 8 bit a channel first")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path}: no such file") from None
@@ -136,8 +139,8 @@ def open_image(path):
 
 def fit_image(image, size, fit):
     """
-    Bring a PIL image to size x size: "resize" stretches it (the paper's way), "letterbox" keeps its shape and puts it in
-    the middle of a frame of CLIP's mean color.
+    Bring a PIL image to size x size: "resize" stretches it (the paper's way), "letterbox" keeps its shape and puts it
+    in the middle of a frame of CLIP's mean color.
     """
     if image.size == (size, size):
         return image
@@ -164,8 +167,9 @@ def prepare_images(record, root, config, blind=False):
 
 # ---------------------------------------------------------------------------------------------- prompts
 
-# A chat format turns (role, text) turns into parts: ("special", name), ("text", words) or ("said", what a user said and where
-# slots may stand), each with whether it is learned: the answers and the special that ends them. None leaves an answer open.
+# A chat format turns (role, text) turns into parts: ("special", name), ("text", words) or ("said", what a user said and
+# where slots may stand), each with whether it is learned: the answers and the special that ends them. None leaves an
+# answer open.
 
 def llama3_chat(turns):                     # github.com/meta-llama/llama3, llama/tokenizer.py, ChatFormat
     yield "special", "<|begin_of_text|>", False
@@ -327,7 +331,8 @@ def check(path, root, workers):
     """Print every problem of every record and a summary; return the number of bad records."""
     items, bad = list(parse_records(path)), 0
     with ProcessPoolExecutor(workers) as pool:
-        for done, (number, name, problem) in enumerate(pool.map(partial(check_record, root=root), items, chunksize=16), 1):
+        checked = pool.map(partial(check_record, root=root), items, chunksize=16)
+        for done, (number, name, problem) in enumerate(checked, 1):
             if problem:
                 bad += 1
                 print(f"line {number} ({name}): {problem}")
@@ -356,12 +361,14 @@ def show(path, root, tokenizer, config, n):
 
 def main():
     parser = argparse.ArgumentParser(description="Look at a file of records before training on it.")
-    parser.add_argument("command", choices=("check", "show"), help="check: list every problem; show: print tokens and labels")
+    parser.add_argument("command", choices=("check", "show"),
+                        help="check: list every problem; show: print tokens and labels")
     parser.add_argument("file", help=".jsonl or .json file of records")
     parser.add_argument("--images", default=".", help="folder that image paths start from (default: here)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="check: processes (default: all cores)")
     parser.add_argument("-n", type=int, default=3, help="show: how many records (default 3)")
-    parser.add_argument("--tokenizer", default="weights/tiny-llm", help="show: tokenizer file or folder (default the tiny one)")
+    parser.add_argument("--tokenizer", default="weights/tiny-llm",
+                        help="show: tokenizer file or folder (default the tiny one)")
     parser.add_argument("--chat", default="llama-3", choices=CHATS, help="show: chat format (default llama-3)")
     parser.add_argument("--image-size", type=int, default=128, help="show: image side in pixels (default 128)")
     parser.add_argument("--fit", default="resize", choices=("resize", "letterbox"), help="show: how images are fitted")

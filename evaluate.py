@@ -55,12 +55,13 @@ def row_of(record, prediction):
     """A prediction row: the last turn's question, what was said, what should have been."""
     turns = record["conversations"]
     truth = {"references": record["references"]} if record.get("references") else {"answer": turns[-1]["value"]}
-    return {"id": record["id"], "image": record.get("image"), "question": turns[-2]["value"].replace("<image>", "").strip(),
+    return {"id": record["id"], "image": record.get("image"),
+            "question": turns[-2]["value"].replace("<image>", "").strip(),
             "type": record.get("type", "question"), "prediction": prediction, **truth}
 
 
 def predict(model, tokenizer, records, root, args, blind=False, label="model"):
-    """The model's answer to the last turn of every record, as prediction rows. Batches go by, a progress line a batch."""
+    """The model's answer to the last turn of every record, as prediction rows. Batches go by, a progress line each."""
     device = next(model.parameters()).device
     data = Records(records, root, tokenizer, model.config, answer=False, blind=blind)
     loader = DataLoader(data, batch_size=args.batch, collate_fn=collate, num_workers=args.workers)
@@ -99,7 +100,8 @@ def read_rows(path):
             row = json.loads(line)
         except ValueError as e:
             raise ValueError(f"{path}, line {number}: not valid JSON: {e}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prediction"), str) or not ("answer" in row or "references" in row):
+        if (not isinstance(row, dict) or not isinstance(row.get("prediction"), str)
+                or not ("answer" in row or "references" in row)):
             raise ValueError(f"{path}, line {number}: expected 'prediction' and 'answer' or 'references'")
         rows.append(row)
     if not rows:
@@ -108,7 +110,9 @@ def read_rows(path):
 
 
 def score(rows):
-    """Prediction rows -> {name: (value in percent, how many it counts)}: BLEU of captions, accuracy overall and by type."""
+    """
+    Prediction rows -> {name: (value in percent, how many it counts)}: BLEU of captions, accuracy overall and by type.
+    """
     captions, questions = [r for r in rows if r.get("references")], [r for r in rows if not r.get("references")]
     scores = {}
     if captions:
@@ -194,14 +198,18 @@ def parse_args():
     p.add_argument("--out", help="write the predictions to this .jsonl file")
     p.add_argument("--blind", action="store_true", help="show the model a gray image instead")
     p.add_argument("--no-mda", action="store_true", help="switch MDA off, to see what it does")
-    p.add_argument("--compare", action="store_true", help="print --blind, --no-mda and the best constant answers beside the model")
+    p.add_argument("--compare", action="store_true",
+                   help="print --blind, --no-mda and the best constant answers beside the model")
     p.add_argument("--batch", type=int, default=32, help="prompts at once (default 32)")
     p.add_argument("--workers", type=int, default=0, help="data processes (default 0)")
     p.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (default 256)")
-    p.add_argument("--temperature", type=float, default=0.0, help="--ask: 0 takes the best token, more draws (default 0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="--ask: draw from the likeliest tokens of this mass (default 1)")
+    p.add_argument("--temperature", type=float, default=0.0,
+                   help="--ask: 0 takes the best token, more draws (default 0)")
+    p.add_argument("--top-p", type=float, default=1.0,
+                   help="--ask: draw from the likeliest tokens of this mass (default 1)")
     p.add_argument("--seed", type=int, default=0, help="--ask: of the draws (default 0)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all weights (default float32)")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                   help="of all weights (default float32)")
     return p, p.parse_args()
 
 
@@ -209,14 +217,16 @@ def wanted_records(args, config):
     """-> records, image folder, benchmark or None"""
     if args.benchmark:
         if args.benchmark not in BENCHMARKS or not args.root:
-            raise ValueError(f"--benchmark {args.benchmark} --root {args.root}: expected one of {', '.join(BENCHMARKS)} and its folder")
+            raise ValueError(f"--benchmark {args.benchmark} --root {args.root}: expected one of "
+                             f"{', '.join(BENCHMARKS)} and its folder")
         b = BENCHMARKS[args.benchmark]
         records, root = list(corpora.records(b.corpus, args.root, args.split or b.split)), args.root
     elif args.data:
         b, records, root = None, read_records(args.data), args.images
     else:
         b, root, split = None, ".", args.split or "test"
-        records = [r for task in ("caption", "vqa") for r in scenes.records(split, args.scenes, task, size=config.image_size)]
+        records = [r for task in ("caption", "vqa")
+                   for r in scenes.records(split, args.scenes, task, size=config.image_size)]
     for record in records:
         check_form(record)
     return records[:args.limit], root, b
@@ -230,7 +240,8 @@ def switch_off_mda(model):
 def run(args):
     chosen = [name for name in ("scenes", "benchmark", "data", "score", "image") if getattr(args, name) is not None]
     if len(chosen) != 1:
-        raise ValueError(f"give one of --scenes, --benchmark, --data, --score or --image with --ask; got {chosen or 'none'}")
+        raise ValueError(f"give one of --scenes, --benchmark, --data, --score or --image with --ask; "
+                         f"got {chosen or 'none'}")
     if args.score:
         return print_table({"": score(read_rows(args.score))})
     if not args.model:

@@ -71,19 +71,21 @@ LLAMAS = {
                               rope_theta=500000.0),
     "vicuna-7b": LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008, vocab_size=32000,
                              max_len=4096),
-    "tiny": LlamaConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=640, max_len=2048,
+    "tiny": LlamaConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=604, max_len=2048,
                         tied=True),
 }
 
 
 def rope_frequencies(config, device=None):
-    """The hd/2 angles a position adds, float32, slowed down as Llama-3.1 does when the config says so."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    freq = config.rope_theta ** (-half / config.head_dim)                          # (hd/2,)
+    """
+    The hd/2 angles a position adds, slowed down as Llama-3.1 does when the config says so. In float32 and in the order of
+    Meta's code: the last bit of a frequency is a difference of 0.4 % in a cosine at position 100,000.
+    """
+    freq = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
     s = config.rope_scaling
     if s is None:
-        return freq
-    turns = s.original_max_len * freq / (2 * math.pi)                              # full turns in the old context
+        return freq                                                                # (hd/2,)
+    turns = s.original_max_len / (2 * math.pi / freq)                              # full turns in the old context
     smooth = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * freq / s.factor + smooth * freq
 
@@ -330,7 +332,7 @@ def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
         for block in (layer.attn, layer.mlp):
             for name in targets:
                 if hasattr(block, name):
-                    setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, dropout))
+                    setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, dropout).train(model.training))
     return model
 
 

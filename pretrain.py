@@ -1,5 +1,6 @@
 """
-Makes the tiny stand-ins for CLIP and Llama that stand in weights/, from scratch, on the built-in scenes of the train split.
+Makes the tiny stand-ins for CLIP and Llama that stand in weights/, from scratch, on the built-in scenes of the
+train split.
 
     python pretrain.py vision      # weights/tiny-clip.safetensors: a ConvNeXt and a text tower trained as CLIP is
     python pretrain.py llm         # weights/tiny-llm/: a Llama, and its tokenizer, trained on text alone
@@ -37,7 +38,7 @@ PLACES[4] = "center"
 
 
 def report(index, rng):
-    """Every fact of a scene as one line of text: each object with its color and its ninth of the picture, and the land."""
+    """Every fact of a scene as one line: each object with its color and its ninth of the picture, and the land."""
     ground = scenes.layout("train", index, 0)
     facts = [f"{o.color} {o.name} {PLACES[3 * min(int(o.y * 3), 2) + min(int(o.x * 3), 2)]}" for o in ground.items]
     rng.shuffle(facts)
@@ -103,7 +104,8 @@ class CLIP(nn.Module):
         return self.logit_scale.exp().clamp(max=100) * image @ text.T
 
     def open_clip_state(self):
-        names = {"trunk.": "visual.trunk.", "norm.": "visual.trunk.head.norm.", "proj.": "visual.head.proj.", "text.": ""}
+        names = {"trunk.": "visual.trunk.", "norm.": "visual.trunk.head.norm.", "proj.": "visual.head.proj.",
+                 "text.": ""}
         rename = lambda k: next((new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)), k)
         return {rename(k): v.detach().half().contiguous() for k, v in self.state_dict().items()}
 
@@ -160,7 +162,7 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     with ProcessPoolExecutor() as pool:
-        images = torch.from_numpy(np.stack(list(pool.map(render, range(n_scenes), chunksize=64))))   # (n, H, W, 3) uint8
+        images = torch.from_numpy(np.stack(list(pool.map(render, range(n_scenes), chunksize=64))))  # (n, H, W, 3) uint8
     print(f"vision: {n_scenes} scenes drawn", flush=True)
     words = sorted({w for text in pairs(np.arange(5000) % n_scenes, rng) for w in split_words(text)})
     model = CLIP(CONVNEXTS["tiny"], words)
@@ -193,14 +195,19 @@ def conversation(index, rng):
     caption = [str(rng.choice(scenes.CAPTION_PROMPTS)), str(rng.choice(scenes.captions(key)))]
     turns = caption + turns if rng.random() < 0.5 else turns + caption
     turns[0] = f"{report(index, rng)}\n{turns[0]}"
-    return {"id": str(index), "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
+    return {"id": str(index),
+            "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
 
 
-SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
+SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+            "<s>", "</s>")
 
 
 def byte_pairs(words, size):
-    """Byte-pair encoding (Sennrich et al. 2016): words {tuple of pieces: count}; merge the commonest pair till size merges."""
+    """
+    Byte-pair encoding (Sennrich et al. 2016): words {tuple of pieces: count};
+    merge the commonest pair till size merges.
+    """
     merges = []
     while len(merges) < size:
         pairs = Counter()
@@ -231,20 +238,24 @@ def write_tokenizer(folder, n_scenes, size, rng):
     texts = [t["value"] for i in range(min(n_scenes, 2000)) for t in conversation(i, rng)["conversations"]]
     letter = {b: ch for ch, b in BYTE_OF.items()}
     # On plain ASCII these pieces are those of GPT-2's pattern, which the tokenizer.json names.
-    pieces = Counter(p for text in [*texts, "user", "assistant"] for p in re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
+    pieces = Counter(p for text in [*texts, "user", "assistant"]
+                     for p in re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
     words = Counter({tuple(letter[b] for b in piece.encode()): n for piece, n in pieces.items()})
     merges = byte_pairs(words, size - 256 - len(SPECIALS))
     vocab = [letter[b] for b in range(256)] + [a + b for a, b in merges]
-    added = [dict(id=len(vocab) + i, content=name, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = [dict(id=len(vocab) + i, content=name, special=True, single_word=False, lstrip=False, rstrip=False,
+                  normalized=False)
              for i, name in enumerate(SPECIALS)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level, "post_processor": None,
-                 "decoder": level, "model": {"type": "BPE", "unk_token": None, "byte_fallback": False, "fuse_unk": False,
-                                             "vocab": {t: i for i, t in enumerate(vocab)}, "merges": [list(m) for m in merges]}}
+    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": level,
+                 "post_processor": None, "decoder": level,
+                 "model": {"type": "BPE", "unk_token": None, "byte_fallback": False, "fuse_unk": False,
+                           "vocab": {t: i for i, t in enumerate(vocab)}, "merges": [list(m) for m in merges]}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=0))
     (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, indent=1))
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        indent=1))
     return len(vocab) + len(SPECIALS)
 
 
@@ -256,10 +267,11 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
     model, tokenizer = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size)), load_tokenizer(folder)
 
     def loss_of_step(step):
-        rows = [encode_record(conversation(int(i), rng), tokenizer, "llama-3") for i in rng.integers(0, n_scenes, batch)]
+        rows = [encode_record(conversation(int(i), rng), tokenizer, "llama-3")
+                for i in rng.integers(0, n_scenes, batch)]
         batched = collate(rows)
         ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
-        target = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE)                      # all text is learned, not only answers
+        target = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE)                      # all text learned, not only answers
         return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), target.flatten(), ignore_index=IGNORE)
 
     train(model, loss_of_step, steps, 3e-3, 0.1, "llm")
@@ -270,7 +282,8 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"), help="folder to write (default weights)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"),
+                        help="folder to write (default weights)")
     parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
     parser.add_argument("--vision-steps", type=int, default=700, help="steps of 128 image-text pairs (default 700)")
     parser.add_argument("--llm-steps", type=int, default=900, help="steps of 32 conversations (default 900)")

@@ -44,7 +44,8 @@ def position_codes(H, W, stride, dim, device=None):
     """
     if dim % 4:
         raise ValueError(f"position codes need a width divisible by 4, not {dim}")
-    # ASSUMPTION: the paper says "absolute positional encodings"; sin-cos of Transformer wavelengths, half for y, half for x.
+    # ASSUMPTION: the paper says "absolute positional encodings"; sin-cos of Transformer wavelengths,
+    # half for y, half for x.
     freq = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
     axis = lambda n: (torch.arange(n, device=device) + 0.5)[:, None] * (stride / 4) * freq       # (n, dim/4)
     y, x = axis(H)[:, None].expand(H, W, -1), axis(W)[None].expand(H, W, -1)
@@ -78,7 +79,7 @@ class SFI(nn.Module):
         return self.wo(q + mixed)                                                  # X_i* = Q_i + softmax(..) V_i
 
     def attention(self, q, pyramid):
-        """q (1|B, N, C), W_Q already applied -> softmax(Q K^T / sqrt(hd)) over all scales: a list of (B, N, nh, k*k)."""
+        """q (1|B, N, C), W_Q applied -> softmax(Q K^T / sqrt(hd)) over all scales: a list of (B, N, nh, k*k)."""
         scale = (q.shape[-1] // self.heads) ** -0.5
         scores = [torch.matmul(self.fold(q * scale, wk.weight), x.transpose(-1, -2)) for x, wk in zip(pyramid, self.wk)]
         return torch.cat(scores, dim=-1).softmax(-1).split([x.shape[2] for x in pyramid], dim=-1)
@@ -100,7 +101,9 @@ class SFI(nn.Module):
 
 
 def printed_sfi(sfi, queries, pyramid):
-    """The equations of Sec. 3.3 as printed, keys and values of every cell computed and kept. Equals sfi(queries, pyramid)."""
+    """
+    The equations of Sec. 3.3 as printed, keys and values of every cell computed and kept. Equals sfi(queries, pyramid).
+    """
     q = sfi.wq(queries)                                                            # Q_i
     k = torch.cat([wk(x) for wk, x in zip(sfi.wk, pyramid)], dim=2)                # K_i: (B, N, 85, C)
     v = torch.cat([wv(x) for wv, x in zip(sfi.wv, pyramid)], dim=2)                # V_i
@@ -114,7 +117,8 @@ def printed_sfi(sfi, queries, pyramid):
 
 class Pyramid(nn.Module):
     """
-    Four projectors, position codes, windows (Sec. 3.2 and 3.3): what every SFI of the model attends to, made once an image.
+    Four projectors, position codes, windows (Sec. 3.2 and 3.3): what every SFI of the model attends to, made once
+    an image.
 
     in:  maps, a list of (B, c_s, H_s, W_s), finest first.
     out: a list of (B, N, k_s*k_s, C), and the grid (rows, cols) of the coarsest map, N = rows*cols.

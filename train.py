@@ -3,7 +3,7 @@ Trains one stage of Aquila, on CPU or GPU, in one process or several.
 
     torchrun train.py --stage 1                                    # tiny preset, built-in scenes, no download
     torchrun train.py --stage 2                                    # goes on from runs/tiny/stage1
-    torchrun --nproc-per-node 4 train.py --preset aquila-8b --stage 1 --vision FILE --llm DIR --data F.jsonl --images DIR
+    torchrun --nproc-per-node 4 train.py --preset aquila-8b --stage 1 --vision FILE --llm DIR --data FILE --images DIR
 
 One step is one global batch, whatever the number of processes and micro-batches: the loss is summed over the learned
 tokens and divided by their number in the whole batch, over all micro-batches and processes. A mean of means would be
@@ -31,8 +31,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import scenes
-from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, find, load_config, load_trained, part_of, save_model,
-                    set_stage)
+from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, find, load_config, load_trained, part_of,
+                    save_model, set_stage)
 from data import Records, collate, image_names, image_path, read_records
 from llama import load_tokenizer
 
@@ -58,7 +58,8 @@ RECIPES = {
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4500, lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4500,
+                       lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
 
@@ -84,7 +85,9 @@ BUILT_IN = {1: ("chat", "caption"), 2: ("chat", "vqa", "caption")}
 
 
 def built_in_records(stage, n, size):
-    """n train scenes, other ones in each stage, as records: of every scene one of each kind above, wordings taking turns."""
+    """
+    n train scenes, other ones in each stage, as records: of every scene one of each kind above, wordings taking turns.
+    """
     found = []
     for task in BUILT_IN[stage]:
         by_scene = {}
@@ -114,7 +117,8 @@ class Batches:
             for i in range(first + self.rank * self.micro, first + (self.rank + 1) * self.micro):
                 if i // self.n != epoch:
                     epoch = i // self.n
-                    order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 10007 + epoch)).tolist()
+                    generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
+                    order = torch.randperm(self.n, generator=generator).tolist()
                 picked.append(order[i % self.n])
             yield picked
 
@@ -183,8 +187,8 @@ def load_state(path, settings, trainable, optimizer):
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in settings.items():
         if state["settings"].get(name) != value:
-            raise ValueError(f"{path}: the run to resume had {name} {state['settings'].get(name)}, now it is {value}; give the "
-                             "same flags, or start a new run from its weights with --init-from")
+            raise ValueError(f"{path}: the run to resume had {name} {state['settings'].get(name)}, now it is {value}; "
+                             "give the same flags, or start a new run from its weights with --init-from")
     with torch.no_grad():
         for name, p in trainable.items():
             p.copy_(state["trained"][name])
@@ -203,7 +207,8 @@ class Log:
 
     def step(self, step, loss, norm, lr, tokens):
         now = time.time()
-        row = dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens, seconds=round(now - self.last, 3))
+        row = dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens,
+                   seconds=round(now - self.last, 3))
         self.rows.append(row)
         new = self.rows[-1:]
         if self.file is None:               # not before the first step has worked; a resumed run keeps its lines
@@ -211,8 +216,8 @@ class Log:
         self.file.writelines(json.dumps(r) + "\n" for r in new)
         self.file.flush()
         left = (now - self.began) / (step - self.start) * (self.steps - step)
-        line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / (now - self.last):7,.0f} tok/s | lr {lr:.2e} | "
-                f"gnorm {norm:6.2f} | {left:5.0f} s left")
+        line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / (now - self.last):7,.0f} tok/s | "
+                f"lr {lr:.2e} | gnorm {norm:6.2f} | {left:5.0f} s left")
         self.last = now
         if sys.stdout.isatty():
             print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
@@ -236,7 +241,8 @@ def draw_curve(losses, path, width=800, height=420):
         draw.text((8, y(value) - 6), f"{value:.3f}", fill="black")
     for line, color, thick in ((losses, (190, 190, 190), 1), (means, (30, 90, 180), 2)):
         draw.line([(x(i), y(v)) for i, v in enumerate(line)] or [(left, top)], fill=color, width=thick)
-    draw.text((left, 8), f"loss per learned token, {len(losses)} steps, last {means[-1]:.4f} (running mean)", fill="black")
+    draw.text((left, 8), f"loss per learned token, {len(losses)} steps, last {means[-1]:.4f} (running mean)",
+              fill="black")
     draw.text((left, bottom + 8), "1", fill="black")
     draw.text((right - 30, bottom + 8), str(len(losses)), fill="black")
     image.save(path)
@@ -270,17 +276,20 @@ def parse_args():
     recipe.add_argument("--warmup", type=float, help="share of the steps that the learning rate rises")
     recipe.add_argument("--epochs", type=float, help="passes over the data")
     recipe.add_argument("--batch", type=int, help="global batch: samples of one optimizer step")
-    recipe.add_argument("--micro", type=int, help="samples a process takes at once; batch / (micro x processes) accumulate")
+    recipe.add_argument("--micro", type=int,
+                        help="samples a process takes at once; batch / (micro x processes) accumulate")
     recipe.add_argument("--lora-rank", type=int, help="stage 2")
     recipe.add_argument("--lora-alpha", type=float, help="stage 2")
     recipe.add_argument("--lora-dropout", type=float, help="stage 2")
     p.add_argument("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
-    p.add_argument("--stop-after", type=int, help="end the process after this step, the schedule unchanged; then --resume")
+    p.add_argument("--stop-after", type=int,
+                   help="end the process after this step, the schedule unchanged; then --resume")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
     p.add_argument("--seed", type=int, default=0, help="default 0")
     p.add_argument("--workers", type=int, default=min(4, os.cpu_count() // 2),
                    help="data processes of each process; 0: none (default: half the cores, at most 4)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and of autocast (default: bfloat16 on GPU)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of frozen weights and of autocast (default: bfloat16 on GPU)")
     p.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
                    help="recompute LM layers in the backward pass: less memory, more time")
     return p, p.parse_args()
@@ -296,7 +305,8 @@ def resolve(args):
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; expected one of {', '.join(PRESETS)}")
     recipe = RECIPES[args.preset][args.stage]
-    changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro", scenes="scenes")
+    changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
+                    scenes="scenes")
     lora = given(args, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout")
     if lora and not recipe.lora:
         raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
@@ -304,8 +314,8 @@ def resolve(args):
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
     start = args.init_from or (f"runs/{args.preset}/stage1" if args.stage > 1 else None)
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
-        raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; run --stage 1 "
-                         "first, or give --init-from")
+        raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; "
+                         "run --stage 1 first, or give --init-from")
     model = given(args, integration="integration", image_size="image_size", fit="fit", chat="chat", max_len="max_len")
     if args.mda_layers is not None:
         model["mda_layers"] = parse_layers(args.mda_layers)
@@ -325,7 +335,7 @@ def parse_layers(text):
 
 
 def open_data(args, recipe, config):
-    """The records of the run, all checked for form and for image files that are not there, and a fingerprint of them."""
+    """The records of the run, all checked for form and for missing image files, and a fingerprint of them."""
     if args.data is None:
         records = built_in_records(args.stage, recipe.scenes or 1000, config.image_size)
     else:
@@ -348,7 +358,8 @@ def prepare_out(args, out):
     if args.resume not in (None, "auto") and not state.exists():
         raise ValueError(f"--resume {args.resume}: no state.pt there; --resume auto starts anew when there is none")
     if args.resume is None and state.exists() and not args.overwrite:
-        raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, --out takes another folder")
+        raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, "
+                         "--out takes another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
@@ -375,17 +386,20 @@ def describe_run(model, trainable, recipe, args, steps, n, world):
         counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
     frozen = sum(p.numel() for p in model.parameters()) - sum(counts.values())
     accumulate = recipe.batch // (recipe.micro * world)
-    print(f"{args.preset}, stage {args.stage}: trains " + ", ".join(f"{k} {v:,}" for k, v in counts.items()) + f"; frozen {frozen:,}")
-    print(f"{n:,} samples, {steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) x {accumulate} accumulated")
+    print(f"{args.preset}, stage {args.stage}: trains " + ", ".join(f"{k} {v:,}" for k, v in counts.items())
+          + f"; frozen {frozen:,}")
+    print(f"{n:,} samples, {steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
+          f"x {accumulate} accumulated")
     print(f"AdamW lr {recipe.lr:g}, betas {BETAS}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:g}, cosine, "
-          f"seed {args.seed}" + (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout {recipe.lora.dropout:g}"
-                                 if recipe.lora else ""), flush=True)
+          f"seed {args.seed}" + (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, "
+                                 f"dropout {recipe.lora.dropout:g}" if recipe.lora else ""), flush=True)
 
 
 def run(args, rank, world, device):
     config, recipe, out, start_from = resolve(args)
     if recipe.batch % (recipe.micro * world):
-        raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); set --micro")
+        raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); "
+                         "set --micro")
     records, digest = open_data(args, recipe, config)
     steps = args.steps or math.ceil(len(records) * recipe.epochs / recipe.batch)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -397,15 +411,16 @@ def run(args, rank, world, device):
     params = list(trainable.values())
     optimizer = optimizer_for(params, recipe.decay)
     model.llm.grad_checkpoint = args.grad_checkpoint
-    settings = dict(stage=args.stage, config=config_to_dict(model.config), recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
+    settings = dict(stage=args.stage, config=config_to_dict(model.config),
+                    recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
                     steps=steps, data=digest, processes=world, seed=args.seed)
     state = prepare_out(args, out)
     first = load_state(state, settings, trainable, optimizer) if state else 0
 
     batches = Batches(len(records), recipe.batch, recipe.micro, steps, first, args.seed, rank, world)
-    loader = iter(DataLoader(Records(records, args.images, load_tokenizer(find(model.config.llm_dir, "language model")), model.config),
-                             batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                             pin_memory=device.type == "cuda"))
+    tokenizer = load_tokenizer(find(model.config.llm_dir, "language model"))
+    loader = iter(DataLoader(Records(records, args.images, tokenizer, model.config), batch_sampler=batches,
+                             collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
     if rank == 0:
         describe_run(model, trainable, recipe, args, steps, len(records), world)
         if state:
@@ -430,7 +445,8 @@ def run(args, rank, world, device):
         save_model(model, out)
         draw_curve([row["loss"] for row in log.rows], out / "loss.png")
         if model.mda:                       # they started at zero
-            print("MDA returns, norm of W_O: " + ", ".join(f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in model.mda.items()))
+            print("MDA returns, norm of W_O: "
+                  + ", ".join(f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in model.mda.items()))
         print(f"wrote {out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 

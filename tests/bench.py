@@ -1,7 +1,7 @@
 """
-Benchmarks, as scripts: ratios measured in one run, medians of interleaved rounds. Run them on an otherwise idle machine.
+Benchmarks, as scripts: ratios measured in one run, medians of interleaved rounds. Run them on an idle machine.
 
-    python tests/bench.py sfi              # SFI at three sizes: the folded form, the printed one, masked global attention
+    python tests/bench.py sfi              # SFI at three sizes: folded form, printed one, masked global attention
     python tests/bench.py scale            # how the cost grows with image side, MDA layers and batch
     python tests/bench.py loss             # logits where there is a label, against logits everywhere
 
@@ -125,8 +125,9 @@ def bench_sfi(rounds, sizes):
                 del calls
                 memory = {form: memory_of(form, size, dtype, int(backward)) for form in pair}
                 for form in pair:
-                    print(f"{size:8}{dtype:10}{'fwd+bwd' if backward else 'forward':10}{form:10}{1000 * pair[form]:10.1f}"
-                          f"{ratios[form]:8.1f}{memory[form]:10.1f}{memory[form] / memory['folded']:9.1f}", flush=True)
+                    print(f"{size:8}{dtype:10}{'fwd+bwd' if backward else 'forward':10}{form:10}"
+                          f"{1000 * pair[form]:10.1f}{ratios[form]:8.1f}{memory[form]:10.1f}"
+                          f"{memory[form] / memory['folded']:9.1f}", flush=True)
 
 
 def bench_scale(rounds):
@@ -145,7 +146,8 @@ def bench_scale(rounds):
         return work
 
     print(f"{'image side':>12}{'MDA layers':>12}{'batch':>8}{'ms':>10}{'ms a token and SFI':>20}")
-    cases = [(side, 0, 1) for side in (512, 1024, 1536, 2048)] + [(1024, n, 1) for n in (2, 4, 8)] + [(1024, 0, b) for b in (2, 4)]
+    cases = [(side, 0, 1) for side in (512, 1024, 1536, 2048)]
+    cases += [(1024, n, 1) for n in (2, 4, 8)] + [(1024, 0, b) for b in (2, 4)]
     for side, layers, batch in cases:
         seconds = interleaved({"": sfis(side, layers, batch)}, rounds)[0][""]
         tokens = (side // 32) ** 2 * batch * (layers + 1)
@@ -153,9 +155,12 @@ def bench_scale(rounds):
 
 
 def loss_work(everywhere):
-    """A narrow LM with Llama-3's vocabulary, a prompt of 1,024 image tokens and 76 of text, 12 of them learned; backward."""
+    """
+    A narrow LM with Llama-3's vocabulary, a prompt of 1,024 image tokens and 76 of text, 12 of them learned; backward.
+    """
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=64, vocab_size=128256)).requires_grad_(False)
+    config = LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=64, vocab_size=128256)
+    model = Llama(config).requires_grad_(False)
     x = torch.randn(1, 1100, 64, requires_grad=True)
     at = torch.zeros(1, 1100, dtype=torch.bool)
     at[:, -12:] = True

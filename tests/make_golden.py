@@ -91,7 +91,7 @@ def llama():
             lora = {k: p for k, p in model.named_parameters() if "lora_" in k}
             with torch.no_grad():
                 for p in lora.values():
-                    p.normal_(std=0.3)
+                    p.normal_(std=0.15)
                 out["lora.logits"] = model(out["gqa.ids"]).logits
             model.save_pretrained(GOLDEN / "lora")
             (GOLDEN / "lora" / "README.md").unlink()
@@ -120,8 +120,8 @@ def byte_level():
     llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     kinds = {
-        # As SmolLM2's: digits first, then GPT-2's split; bytes that the corpus lacks are not in the vocabulary.
-        "digits": (pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)]), []),
+        # As SmolLM2's: digits first, then GPT-2's split; of control and other bytes only those in the corpus are there.
+        "digits": (pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)]), map(chr, range(33, 127))),
         # As Llama-3's: all bytes, ids not in the order of the merges, and pieces that are tokens though no merge leads there.
         "split": (pre.Sequence([pre.Split(tokenizers.Regex(llama3), "isolated"), pre.ByteLevel(False, use_regex=False)]),
                   pre.ByteLevel.alphabet()),
@@ -131,13 +131,15 @@ def byte_level():
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        alphabet = sorted(alphabet)
         tokenizer.train_from_iterator(CORPUS * 2, tokenizers.trainers.BpeTrainer(
-            vocab_size=len(alphabet) + 250, initial_alphabet=sorted(alphabet), special_tokens=special, show_progress=False))
+            vocab_size=len(alphabet) + 250, initial_alphabet=alphabet, special_tokens=special, show_progress=False))
         t = json.loads(tokenizer.to_str())
         if name == "split":
-            plain = [token for token in t["model"]["vocab"] if token not in special]
-            t["model"]["vocab"] = {token: len(special) + (i * 101) % len(plain) for i, token in enumerate(plain)}
-            t["model"]["vocab"] |= {token: len(special) + len(plain) + i for i, token in enumerate(["ĠHello", "code", "ĊĊĊ"])}
+            vocab = t["model"]["vocab"]
+            first, n = len(special), len(vocab) - len(special)
+            vocab = {token: i if i < first else first + (i * 101) % n for token, i in vocab.items()}
+            t["model"]["vocab"] = vocab | {token: len(vocab) + i for i, token in enumerate(["ĠHello", "code", "ĊĊĊ"])}
             t["model"]["ignore_merges"] = True
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(t))
         (GOLDEN / f"tokenizer_{name}.json").write_text(json.dumps(t, ensure_ascii=False), encoding="utf-8")

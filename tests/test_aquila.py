@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL
 
-from aquila import (PRESETS, TRAINS, Aquila, config_from_dict, config_to_dict, describe, load_trained, part_of, save_model,
-                    set_stage)
+from aquila import (PRESETS, TRAINS, Aquila, config_from_dict, config_to_dict, describe, load_trained, part_of,
+                    save_model, set_stage)
 from data import IGNORE, IMAGE_SLOT, collate
 from llama import ByteTokenizer, KVCache
 
@@ -192,7 +192,8 @@ def test_the_papers_sizes():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"image_size": 100}, "multiple of 32"), ({"integration": "sum"}, "sfi or concat"), ({"mda_layers": (0, 3)}, "layers 0 to 2")])
+    ({"image_size": 100}, "multiple of 32"), ({"integration": "sum"}, "sfi or concat"),
+    ({"mda_layers": (0, 3)}, "layers 0 to 2")])
 def test_a_config_that_makes_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)

@@ -16,8 +16,8 @@ from conftest import ROOT
 from PIL import Image
 
 import scenes
-from data import (CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_SLOT, Records, check_form, collate, encode_record, encode_turns, fit_image,
-                  load_image, read_records, to_tensor)
+from data import (CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_SLOT, Records, check_form, collate, encode_record, encode_turns,
+                  fit_image, load_image, read_records, to_tensor)
 from llama import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -51,16 +51,18 @@ def test_golden_llama3_two_turns_with_an_image():
 
 def test_golden_vicuna():
     row = encode_record(record("<image>\nHi?", "ok", "And?", "no", image="x.png"), TOKENIZER, "vicuna", image_tokens=2)
-    assert text_of(row["ids"]) == ("<s> A chat between a curious user and an artificial intelligence assistant. The assistant "
-                                   "gives helpful, detailed, and polite answers to the user's questions. USER:##\nHi? "
-                                   "ASSISTANT: ok</s> USER: And? ASSISTANT: no</s>")
+    assert text_of(row["ids"]) == ("<s> A chat between a curious user and an artificial intelligence assistant. "
+                                   "The assistant gives helpful, detailed, and polite answers to the user's "
+                                   "questions. USER:##\nHi? ASSISTANT: ok</s> USER: And? ASSISTANT: no</s>")
     assert learned(row) == " ok</s> no</s>"
 
 
 def test_golden_chatml():
-    tokenizer = SimpleNamespace(special={"<|im_start|>": 300, "<|im_end|>": 301}, encode=TOKENIZER.encode, adds_space=False)
+    tokenizer = SimpleNamespace(special={"<|im_start|>": 300, "<|im_end|>": 301}, encode=TOKENIZER.encode,
+                                adds_space=False)
     ids, labels = encode_turns([("system", "Be brief."), ("user", "Hi?"), ("assistant", "ok")], tokenizer, "chatml")
-    assert ids == [300, *b"system\nBe brief.", 301, 10, 300, *b"user\nHi?", 301, 10, 300, *b"assistant\n", *b"ok", 301, 10]
+    assert ids == [300, *b"system\nBe brief.", 301, 10, 300, *b"user\nHi?", 301, 10,
+                   300, *b"assistant\n", *b"ok", 301, 10]
     assert [t for t in labels if t != IGNORE] == [*b"ok", 301]
 
 
@@ -79,7 +81,8 @@ def test_slots_only_where_images_are():
     r = record("<image><image>\nsame?", "the <image> differ", image=["a", "b"])
     r["conversations"].insert(0, {"from": "system", "value": "An <image> is a slot."})
     row = encode_record(r, TOKENIZER, "llama-3", 4)
-    assert row["ids"].count(IMAGE_SLOT) == 8 and "<image> is a slot" in text_of(row["ids"]) and "the <image>" in learned(row)
+    assert row["ids"].count(IMAGE_SLOT) == 8
+    assert "<image> is a slot" in text_of(row["ids"]) and "the <image>" in learned(row)
 
 
 @pytest.mark.parametrize("names, text", [(["a"], "none here"), (["a"], "<image> and <image>"), (["a", "b"], "<image>")])
@@ -102,7 +105,8 @@ def test_too_long_is_an_error_and_never_cut():
 
 
 def test_collate_pads_on_the_right():
-    rows = [encode_record(record("a", "b"), TOKENIZER, "llama-3"), encode_record(record("abc", "def"), TOKENIZER, "llama-3")]
+    rows = [encode_record(record("a", "b"), TOKENIZER, "llama-3"),
+            encode_record(record("abc", "def"), TOKENIZER, "llama-3")]
     batch = collate([{**row, "images": torch.zeros(0, 3, 64, 64)} for row in rows])
     n = len(rows[0]["ids"])
     assert batch["lengths"].tolist() == [n, n + 4] and batch["images"] is None
@@ -150,8 +154,9 @@ def broken_images(folder):
     Image.new("I;16", (4, 4)).save(folder / "deep.png")
 
 
-@pytest.mark.parametrize("name, message", [("none.png", "no such file"), ("cut.png", "cannot be read"), ("text.png", "not an image"),
-                                           ("../x.png", "leaves the image folder"), ("deep.png", "16 or 32 bit")])
+@pytest.mark.parametrize("name, message", [
+    ("none.png", "no such file"), ("cut.png", "cannot be read"), ("text.png", "not an image"),
+    ("../x.png", "leaves the image folder"), ("deep.png", "16 or 32 bit")])
 def test_a_bad_image_is_one_line(tmp_path, name, message):
     broken_images(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
@@ -192,7 +197,8 @@ BAD = [
     ({"conversations": [{"from": "gpt", "value": "first"}, {"from": "human", "value": "?"}]}, "turns are from"),
     ({"conversations": [{"from": "human", "value": "?"}]}, "turns are from"),
     ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}, "has no text"),
-    (record("a", " "), "empty answer"), (record("a", "b", image=7), "expected a path"), (record("a", "b", image=[1]), "expected a path"),
+    (record("a", " "), "empty answer"), (record("a", "b", image=7), "expected a path"),
+    (record("a", "b", image=[1]), "expected a path"),
     ('{"conversations": [{"from": "hu', "cut off"),
 ]
 
@@ -220,13 +226,15 @@ def test_check_form_accepts_a_system_turn():
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, args)],
+                          capture_output=True, text=True, cwd=ROOT)
 
 
 def test_check_lists_every_problem_in_one_pass(tmp_path):
     broken_images(tmp_path)
     images = ["good.png", "none.png", "cut.png", "text.png"]
-    rows = [record("<image>\na", "b", image=name) for name in images] + [record("no slot", "b", image="good.png"), "{", record("a", "b")]
+    rows = [record("<image>\na", "b", image=name) for name in images]
+    rows += [record("no slot", "b", image="good.png"), "{", record("a", "b")]
     out = run("check", write(tmp_path / "f.jsonl", *rows), "--images", tmp_path, "--workers", 2)
     lines = out.stdout.splitlines()
     assert out.returncode == 1 and [line.split()[1] for line in lines[:-1]] == ["2", "3", "4", "5", "6"]
@@ -239,7 +247,8 @@ def test_show_marks_what_is_learned(tmp_path):
     row = scenes.records("val", 1, "caption", size=128)[0]
     out = run("show", write(tmp_path / "f.jsonl", row))
     plus = [line for line in out.stdout.splitlines() if line.startswith("  +")]
-    assert out.returncode == 0 and row["conversations"][1]["value"] in plus[0] and "<|eot_id|>" in plus[1] and len(plus) == 2
+    assert out.returncode == 0 and len(plus) == 2
+    assert row["conversations"][1]["value"] in plus[0] and "<|eot_id|>" in plus[1]
     assert any("16  <image>" in line for line in out.stdout.splitlines())
     missing = run("show", tmp_path / "none.jsonl")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1

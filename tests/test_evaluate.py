@@ -16,7 +16,8 @@ from PIL import Image
 import evaluate
 from aquila import PRESETS, build, save_model
 
-ROWS = [{"id": "1", "prediction": "2", "answer": "2", "type": "count"}, {"id": "2", "prediction": "Two.", "answer": "2", "type": "count"},
+ROWS = [{"id": "1", "prediction": "2", "answer": "2", "type": "count"},
+        {"id": "2", "prediction": "Two.", "answer": "2", "type": "count"},
         {"id": "3", "prediction": "yes", "answer": "no", "type": "presence"},
         {"id": "4", "prediction": "a red ship", "references": ["a red ship on water", "one ship"]}]
 
@@ -61,7 +62,8 @@ def test_constant_scores_are_the_best_single_answers():
 
 
 def test_predict_then_score_separately(model, tmp_path):
-    code, out, err = command("--model", model, "--scenes", 2, "--max-new-tokens", 5, "--out", tmp_path / "p.jsonl", "--compare")
+    code, out, err = command("--model", model, "--scenes", 2, "--max-new-tokens", 5,
+                             "--out", tmp_path / "p.jsonl", "--compare")
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
     assert {"id", "image", "question", "type", "prediction"} <= rows[0].keys() and len(rows[0]["references"]) == 5
@@ -75,30 +77,36 @@ def test_predict_then_score_separately(model, tmp_path):
 
 def test_blind_answers_do_not_depend_on_the_image(model, tmp_path):
     rows = [{"id": str(i), "image": f"scene:test/0/{i}/128", "references": ["x"],
-             "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]} for i in range(3)]
+             "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "x"}]}
+            for i in range(3)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     answers = []
     for flags in (("--blind",), ()):
-        command("--model", model, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "p.jsonl", "--max-new-tokens", 12, *flags)
+        command("--model", model, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "p.jsonl",
+                "--max-new-tokens", 12, *flags)
         answers.append([json.loads(line)["prediction"] for line in (tmp_path / "p.jsonl").open()])
     assert len(set(answers[0])) == 1 and answers[1] != answers[0]
 
 
 def test_ask_streams_what_a_batch_would_answer(model, tmp_path):
     Image.effect_noise((90, 70), 60).save(tmp_path / "a.png")
-    code, out, err = command("--model", model, "--image", tmp_path / "a.png", "--ask", "What is this?", "--max-new-tokens", 8)
+    code, out, err = command("--model", model, "--image", tmp_path / "a.png", "--ask", "What is this?",
+                             "--max-new-tokens", 8)
     assert code == 0, err
     record = {"id": "a", "image": "a.png", "references": ["x"],
               "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "x"}]}
     (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
-    command("--model", model, "--data", tmp_path / "d.jsonl", "--images", tmp_path, "--out", tmp_path / "p.jsonl", "--max-new-tokens", 8)
+    command("--model", model, "--data", tmp_path / "d.jsonl", "--images", tmp_path,
+            "--out", tmp_path / "p.jsonl", "--max-new-tokens", 8)
     assert out.strip() == json.loads((tmp_path / "p.jsonl").read_text())["prediction"]
 
 
 @pytest.mark.parametrize("args, message", [
     ((), "give one of"), (("--scenes", 1, "--data", "x"), "give one of"), (("--scenes", 1), "give --model"),
-    (("--score", "none.jsonl"), "none.jsonl is not there"), (("--model", "nowhere", "--scenes", 1), "config.json is not there"),
-    (("--model", "nowhere", "--image", "x.png"), "go together"), (("--model", "x", "--scenes", 1, "--out", "no/such/f"), "no such folder")])
+    (("--score", "none.jsonl"), "none.jsonl is not there"),
+    (("--model", "nowhere", "--scenes", 1), "config.json is not there"),
+    (("--model", "nowhere", "--image", "x.png"), "go together"),
+    (("--model", "x", "--scenes", 1, "--out", "no/such/f"), "no such folder")])
 def test_a_mistake_is_one_line_and_exit_code_2(args, message):
     code, out, err = command(*args)
     assert code == 2 and message in err and err.count("\n") == 1 and not out

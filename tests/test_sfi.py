@@ -102,7 +102,7 @@ def test_one_pixel_changes_only_the_tokens_within_the_encoders_reach():
     changed[0, :, 8, 8] += 5.0                                                     # the first 32-pixel window
     with torch.no_grad():
         moved = (tokens(*pyramid(vision(images))) != tokens(*pyramid(vision(changed)))).any(-1)[0].view(8, 8)
-    assert moved[0, 0] and moved.sum() == 1                                        # 7x7 cells of 4 pixels reach 12 pixels
+    assert moved[0, 0] and moved.sum() == 1                                        # 7x7 cells of 4 pixels reach 12
 
 
 def test_queries_see_all_four_scales():
@@ -120,7 +120,8 @@ def test_position_codes_share_one_frame():
     fine, coarse = position_codes(8, 8, 4, 32), position_codes(4, 4, 8, 32)
     y, x = (torch.arange(8) + 0.5)[:, None] * 4, (torch.arange(4) + 0.5)[:, None] * 8
     freq = 10000.0 ** (-torch.arange(8) / 8)
-    assert torch.allclose(fine[:, 0, :8], (y / 4 * freq).sin()) and torch.allclose(coarse[:, 0, :8], (x / 4 * freq).sin())
+    assert torch.allclose(fine[:, 0, :8], (y / 4 * freq).sin())
+    assert torch.allclose(coarse[:, 0, :8], (x / 4 * freq).sin())
     assert torch.allclose(fine[0, :, 16:24], fine[:, 0, :8])                       # columns are coded as rows are
     assert position_codes(6, 10, 4, 32).shape == (6, 10, 32)
     with pytest.raises(ValueError, match="divisible by 4"):
@@ -139,7 +140,7 @@ def test_learned_grid_is_resized_for_another_image():
 
 
 def test_concat_is_one_scale_of_single_cells():
-    """The baseline hides no multi-scale window: its pyramid is one scale, one cell a token, and MDA's SFI can read it."""
+    """The baseline hides no multi-scale window: its pyramid is one scale, one cell a token; MDA's SFI can read it."""
     torch.manual_seed(0)
     maps = [torch.randn(2, c, 2 * k, 3 * k) for c, k in zip((4, 6, 8, 10), SIDES)]
     pyramid, grid = Concat((4, 6, 8, 10), 16)(maps)

@@ -48,7 +48,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, lora):
 
 
 def test_batches_split_one_stream_among_processes():
-    """Two processes together take what one takes, in every step; every sample once an epoch; a resumed stream goes on."""
+    """Two processes take what one takes, in every step; every sample once an epoch; a resumed stream goes on."""
     def of(rank, world, start=0):
         return list(train.Batches(n=10, batch=4, micro=2, steps=5, start=start, seed=1, rank=rank, world=world))
     one, two = of(0, 1), [of(r, 2) for r in range(2)]
@@ -92,7 +92,8 @@ def command(*args):
 def data(tmp_path_factory):
     """Every other record has no image, so that with micro-batches of one some process meets none."""
     rows = scenes.records("train", 4, "chat", size=128)
-    rows += [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "it " * i}]}
+    rows += [{"id": f"t{i}",
+              "conversations": [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "it " * i}]}
              for i in range(1, 5)]
     path = tmp_path_factory.mktemp("data") / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -110,7 +111,7 @@ STEP2 = ("--stage", 2, "--batch", 4, "--micro", 1, "--lora-dropout", 0, "--lora-
 
 
 def test_two_processes_train_as_one(data, stage1, tmp_path):
-    """torchrun, gloo, LoRA dropout 0, two steps: the weights of one process to float rounding; no hang without images."""
+    """torchrun, gloo, LoRA dropout 0, two steps: the weights of one process to rounding; no hang without images."""
     flags = ("--init-from", stage1, "--data", data, "--steps", 2)
     assert command(*STEP2, *flags, "--out", tmp_path / "one")[0] == 0
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
@@ -155,7 +156,8 @@ def test_the_rows_of_table_5(data, tmp_path):
         for layers in ("none", "1,3"):
             out = tmp_path / f"{integration}-{layers}"
             flags = ("--data", data, "--batch", 2, "--micro", 2, "--steps", 1)
-            assert command("--stage", 1, *flags, "--out", out, "--integration", integration, "--mda-layers", layers) == (0, "")
+            assert command("--stage", 1, *flags, "--out", out, "--integration", integration,
+                           "--mda-layers", layers) == (0, "")
             names = load_file(out / "model.safetensors")
             assert any(k.startswith("mda.3") for k in names) == (layers != "none")
             assert any("conv" in k for k in names) == (integration == "concat")
@@ -165,7 +167,8 @@ def test_the_rows_of_table_5(data, tmp_path):
 
 def broken(tmp_path):
     """Data files and folders, each with one mistake: {name: (flags, what the line must say)}."""
-    row = {"id": "7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]}
+    row = {"id": "7", "image": "a.png",
+           "conversations": [{"from": "human", "value": "<image>\na"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "images").mkdir()
     Image.effect_noise((64, 64), 50).save(tmp_path / "images/whole.png")
     (tmp_path / "images/cut.png").write_bytes((tmp_path / "images/whole.png").read_bytes()[:2000])
@@ -196,10 +199,10 @@ def broken(tmp_path):
     }
 
 
-@pytest.mark.parametrize("mistake", ["missing data file", "missing image", "truncated image", "not an image", "JSON cut off",
-                                     "answer first", "unknown preset", "stage 2 without stage 1", "out cannot be written",
-                                     "batch does not divide", "LoRA in stage 1", "bad layers", "layers out of range",
-                                     "missing vision file", "missing llm"])
+@pytest.mark.parametrize("mistake", [
+    "missing data file", "missing image", "truncated image", "not an image", "JSON cut off", "answer first",
+    "unknown preset", "stage 2 without stage 1", "out cannot be written", "batch does not divide", "LoRA in stage 1",
+    "bad layers", "layers out of range", "missing vision file", "missing llm"])
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, mistake):
     flags, expected = broken(tmp_path)[mistake]
     out = tmp_path / "out"

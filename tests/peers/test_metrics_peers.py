@@ -93,8 +93,9 @@ def test_tokens_equal_the_java_tokenizer() -> None:
              "don't, can't and isn't", "the building's roofs; the dogs' house: (red and white) [two] {x}",
              "a 3,000 m2 area, 10% water, 5.5 km", "roads/paths and trees & bushes",
              "cannot see: \"quoted\" 'single' ``ticks``",
-             "half-circle-shaped,semi-circular... others - grey -- dark", "the ’s and building’s “y” – dash — em…",
-             "we'll they're I've he'd I'm", "a_b_c #1 3x4 1st 1/2", "there is a river.there is a tree.", "café über 北京",
-             "a   double  space , and a tab"]
+             "half-circle-shaped,semi-circular... others - grey -- dark",
+             "the ’s and building’s “y” – dash — em…",
+             "we'll they're I've he'd I'm", "a_b_c #1 3x4 1st 1/2", "there is a river.there is a tree.",
+             "café über 北京", "a   double  space , and a tab"]
     theirs = ptb.PTBTokenizer().tokenize({0: [{"caption": text} for text in texts]})[0]
     assert [" ".join(metrics.tokenize(text)) for text in texts] == theirs
