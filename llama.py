@@ -699,11 +699,11 @@ class SentencePieceTokenizer:
         return self.model.decode([i for i in ids if i < self.model.vocab_size() and not self.model.is_control(i)])
 
 
-MAX_CHARS, MAX_RUN = 400_000, 25_000        # Meta's numbers (llama3/tokenizer.py)
+MAX_CHARS = 400_000                         # as Meta's tokenizer: tiktoken fails on very long texts
 
 
-def pieces(text, max_run=MAX_CHARS):
-    """text in pieces that tiktoken can take: it fails on very long texts, and slows down on long runs without a space."""
+def pieces(text, max_run):
+    """text cut every MAX_CHARS, and inside a run of more than max_run spaces, or of more than max_run other characters."""
     for i in range(0, len(text), MAX_CHARS):
         part = text[i:i + MAX_CHARS]
         runs = re.finditer(r"\s+|\S+", part) if len(part) > max_run else ()
@@ -711,29 +711,39 @@ def pieces(text, max_run=MAX_CHARS):
         yield from (part[a:b] for a, b in zip([0, *cuts], [*cuts, len(part)]))
 
 
-class Llama3Tokenizer:
-    """Meta's tokenizer.model: one line a token, base64 and rank (llama-models, llama3/tokenizer.py)."""
+class BytePairs:
+    """Byte-pair encoding run by tiktoken. ids[rank] is a token's id, None where the vocabulary has none."""
     adds_space = False
+    max_run = MAX_CHARS
+
+    def __init__(self, pattern, ranks, ids):
+        self.bpe = tiktoken.Encoding("byte-pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.id_of, self.rank_of = ids, {i: rank for rank, i in enumerate(ids)}
+
+    def encode(self, text):
+        ids = (self.id_of[rank] for piece in pieces(text, self.max_run) for rank in self.bpe.encode_ordinary(piece))
+        return [i for i in ids if i is not None]
+
+    def decode(self, ids):
+        return self.bpe.decode([self.rank_of[i] for i in ids if i in self.rank_of])
+
+
+class Llama3Tokenizer(BytePairs):
+    """Meta's tokenizer.model: one line a token, base64 and rank (llama-models, llama3/tokenizer.py)."""
+    max_run = 25_000
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-             "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-             "<|eot_id|>", "<|python_tag|>", "<|image|>"] + [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
+    SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+                "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+                "<|eot_id|>", "<|python_tag|>", "<|image|>"] + [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
 
     def __init__(self, path):
         lines = pathlib.Path(path).read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-        self.special = {name: len(ranks) + i for i, name in enumerate(self.NAMES)}
-        self.bpe = tiktoken.Encoding("llama-3", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+        super().__init__(self.PATTERN, ranks, range(len(ranks)))
+        self.special = {name: len(ranks) + i for i, name in enumerate(self.SPECIALS)}
         self.bos_id = self.special["<|begin_of_text|>"]
         self.stop_ids = {self.special[name] for name in LLAMA3_STOPS}
-
-    def encode(self, text):
-        return [i for piece in pieces(text, MAX_RUN) for i in self.bpe.encode_ordinary(piece)]
-
-    def decode(self, ids):
-        specials = set(self.special.values())
-        return self.bpe.decode([i for i in ids if i not in specials])
 
 
 # The characters with which GPT-2's byte-level BPE writes the 256 bytes: printable ones stand for themselves.
@@ -741,37 +751,28 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 
 
-class ByteLevelTokenizer:
+class ByteLevelTokenizer(BytePairs):
     """
-    tokenizer.json of a byte-level BPE model (Hugging Face's Llama-3, SmolLM2), run by tiktoken.
+    tokenizer.json of a byte-level BPE model (Hugging Face's Llama-3, SmolLM2).
     tiktoken merges the pair whose *result* has the lowest rank, Hugging Face the pair that stands first in `merges`: so
     the ranks made here are the 256 bytes, then the results of the merges in their order, whatever the ids are.
+    Bytes that the vocabulary lacks are dropped, as by Hugging Face (which then may merge what has come to stand together).
     """
-    adds_space = False
 
     def __init__(self, path):
         t, config = read_json(path), read_json_if_there(pathlib.Path(path).parent / "tokenizer_config.json")
-        model, pattern = t["model"], split_pattern(t, path)
+        pattern, model = split_pattern(t, path), t["model"]
         self.special = {a["content"]: a["id"] for a in t.get("added_tokens", [])}
         ids = {bytes(BYTE_OF[ch] for ch in token): i for token, i in model["vocab"].items() if token not in self.special}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        ordered = [bytes([b]) for b in range(256)] + [bytes(BYTE_OF[ch] for ch in a + b) for a, b in merges]
+        tokens = [bytes([b]) for b in range(256)] + [bytes(BYTE_OF[ch] for ch in a + b) for a, b in merges]
         if model.get("ignore_merges"):      # a piece of text that is a token becomes it, even if no merges lead there
-            ordered += ids
-        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(ordered))}
-        self.bpe = tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.id_of = [ids.get(token) for token in ranks]                           # None: a byte the vocabulary lacks
-        self.rank_of = {i: rank for rank, i in enumerate(self.id_of) if i is not None}
+            tokens += ids
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+        super().__init__(pattern, ranks, [ids.get(token) for token in ranks])
         name = lambda key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
         self.bos_id = self.special.get(name("bos_token") or "<|begin_of_text|>")
         self.stop_ids = {self.special[s] for s in (name("eos_token"), "<|im_end|>", *LLAMA3_STOPS) if s in self.special}
-
-    def encode(self, text):
-        ids = (self.id_of[rank] for piece in pieces(text) for rank in self.bpe.encode_ordinary(piece))
-        return [i for i in ids if i is not None]                                   # as Hugging Face, which drops such bytes
-
-    def decode(self, ids):
-        return self.bpe.decode([self.rank_of[i] for i in ids if i in self.rank_of])
 
 
 # GPT-2's split, and the same where every digit is cut out first: spaces before a digit then end their piece.

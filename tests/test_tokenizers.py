@@ -149,13 +149,13 @@ def test_the_llama3_format_by_hand(llama3_file):
 
 def test_long_runs_are_cut_where_meta_cuts_them():
     """Every 25,000 characters of one run, counted from its start, and every 400,000 of the text."""
-    cuts = lambda text: [len(p) for p in llama.pieces(text, llama.MAX_RUN)]
+    cuts = lambda text: [len(p) for p in llama.pieces(text, 25_000)]
     assert cuts("a" * 60_000) == [25_000, 25_000, 10_000]
     assert cuts("a" * 24_999 + " " * 2 + "b" * 25_001) == [50_001, 1]
     assert cuts("ab " * 200_000) == [400_000, 200_000]
     assert cuts("") in ([], [0])
     for text in ("a" * 60_000, "ab " * 200_000, " " * 25_001 + "x"):
-        assert "".join(llama.pieces(text, llama.MAX_RUN)) == text
+        assert "".join(llama.pieces(text, 25_000)) == text
 
 
 def test_sentencepiece_is_the_librarys_own(sentencepiece_file):
