@@ -52,6 +52,44 @@ def position_codes(H, W, stride, dim, device=None):
     return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), dim=-1)
 
 
+def attend(folded, pyramid):
+    """Folded queries, a list of (1|B, N, nh, C), and pyramid -> weights over all scales, a list of (B, N, nh, k*k)."""
+    scores = [torch.matmul(f.to(x.dtype), x.transpose(-1, -2)) for f, x in zip(folded, pyramid)]
+    weights = torch.cat(scores, dim=-1).softmax(-1)
+    return [a.to(x.dtype) for a, x in zip(weights.split([x.shape[2] for x in pyramid], dim=-1), pyramid)]
+
+
+class Gather(torch.autograd.Function):
+    """
+    (folded queries of every scale, maps of every scale) -> the weighted sum of each scale's cells, (B, N, nh, C) each.
+
+    Plain autograd would make the gradient of the pyramid twice, once for the scores and once for the sums, and add the
+    two: three passes over the largest tensors. Here it is one product: dx = ds^T f + a^T dg = [ds; a]^T [f; dg].
+    """
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        folded, pyramid = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
+        weights = attend(folded, pyramid)
+        ctx.save_for_backward(*tensors, *weights)
+        return tuple(torch.matmul(a, x) for a, x in zip(weights, pyramid))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        saved, n = ctx.saved_tensors, len(grads)           # unpacked once: activation checkpointing allows no more
+        folded, pyramid, weights = saved[:n], saved[n:2 * n], saved[2 * n:]
+        grads = [g.to(x.dtype) for g, x in zip(grads, pyramid)]
+        # Softmax: ds = a (da - sum a da), the sum over the keys of all scales.
+        da = [torch.matmul(g, x.transpose(-1, -2)) for g, x in zip(grads, pyramid)]
+        total = sum((a * d).sum(-1, keepdim=True) for a, d in zip(weights, da))
+        ds = [a * (d - total) for a, d in zip(weights, da)]
+        df = [torch.matmul(s, x).sum_to_size(f.shape).to(f.dtype) for s, x, f in zip(ds, pyramid, folded)]
+        dx = [torch.matmul(torch.cat((s, a), 2).transpose(-1, -2), torch.cat((f.to(g.dtype).expand_as(g), g), 2))
+              for s, a, f, g in zip(ds, weights, folded, grads)]
+        return (*df, *dx)
+
+
 class SFI(nn.Module):
     """
     Cross-attention of N queries, each to its own window of every scale (Sec. 3.3), in the folded form.
@@ -72,17 +110,18 @@ class SFI(nn.Module):
 
     def forward(self, queries, pyramid):
         q = self.wq(queries)                                                       # Q_i = W_Q x_q(i): (1|B, N, C)
-        weights = self.attention(q, pyramid)
-        mixed = 0                                                                  # sum_s W_Vs (sum_j a_j x_s(j))
-        for a, x, wv in zip(weights, pyramid, self.wv):
-            mixed = mixed + self.project(torch.matmul(a, x), wv.weight)
+        gathered = Gather.apply(*self.folded(q), *pyramid)                         # sum_j a_j x_s(j), a scale each
+        mixed = sum(self.project(g, wv.weight) for g, wv in zip(gathered, self.wv))
         return self.wo(q + mixed)                                                  # X_i* = Q_i + softmax(..) V_i
 
     def attention(self, q, pyramid):
         """q (1|B, N, C), W_Q applied -> softmax(Q K^T / sqrt(hd)) over all scales: a list of (B, N, nh, k*k)."""
+        return attend(self.folded(q), pyramid)
+
+    def folded(self, q):
+        """Q W_Ks / sqrt(hd) of every scale: a list of (1|B, N, nh, C)."""
         scale = (q.shape[-1] // self.heads) ** -0.5
-        scores = [torch.matmul(self.fold(q * scale, wk.weight), x.transpose(-1, -2)) for x, wk in zip(pyramid, self.wk)]
-        return torch.cat(scores, dim=-1).softmax(-1).split([x.shape[2] for x in pyramid], dim=-1)
+        return [self.fold(q * scale, wk.weight) for wk in self.wk]
 
     def fold(self, q, wk):
         """q W_K, head by head: (b, N, C), (C, C) -> (b, N, nh, C)."""
