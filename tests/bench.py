@@ -3,7 +3,7 @@ Benchmarks, as scripts: ratios measured in one run, medians of interleaved round
 
     python tests/bench.py sfi              # SFI at three sizes: folded form, printed one, masked global attention
     python tests/bench.py scale            # how the cost grows with image side, MDA layers and batch
-    python tests/bench.py loss             # logits where there is a label, against logits everywhere
+    python tests/bench.py loss             # logits where they are needed, in training and prefill, or everywhere
 
 Times are of the module alone, weights and inputs ready. Memory is the peak of the process above weights, inputs and
 their gradients (VmHWM), each form in a process of its own.
@@ -154,37 +154,40 @@ def bench_scale(rounds):
         print(f"{side:12}{layers:12}{batch:8}{1000 * seconds:10.1f}{1000 * seconds / tokens:20.4f}", flush=True)
 
 
-def loss_work(everywhere):
-    """
-    A narrow LM with Llama-3's vocabulary, a prompt of 1,024 image tokens and 76 of text, 12 of them learned; backward.
-    """
+LOSS = {"loss, at the labels": (True, False), "loss, everywhere": (True, True),
+        "prefill, last position": (False, False), "prefill, everywhere": (False, True)}
+
+
+def loss_work(name):
+    """A narrow LM with Llama-3's vocabulary; a prompt of 1,024 image tokens and 76 of text, of which 12 are learned."""
+    training, everywhere = LOSS[name]
     torch.manual_seed(0)
     config = LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=64, vocab_size=128256)
     model = Llama(config).requires_grad_(False)
-    x = torch.randn(1, 1100, 64, requires_grad=True)
+    x = torch.randn(1, 1100, 64, requires_grad=training)
     at = torch.zeros(1, 1100, dtype=torch.bool)
-    at[:, -12:] = True
+    at[:, -12 if training else -1:] = True
     target = torch.randint(0, 128256, (12,))
 
     def work():
         logits = model(x)[at] if everywhere else model(x, at=at)
-        torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum").backward()
+        if training:
+            torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum").backward()
     return work
 
 
 def bench_loss(rounds):
-    calls = {"at the labels": loss_work(False), "everywhere": loss_work(True)}
-    seconds, ratios = interleaved(calls, rounds)
-    memory = {name: memory_of("loss", int(name == "everywhere")) for name in calls}
-    print(f"{'logits':16}{'ms':>10}{'x':>8}{'extra MB':>12}")
-    for name in calls:
-        print(f"{name:16}{1000 * seconds[name]:10.1f}{ratios[name]:8.1f}{memory[name]:12.1f}")
+    """Medians of interleaved rounds, and the peak memory of each in a process of its own."""
+    seconds, _ = interleaved({name: loss_work(name) for name in LOSS}, rounds)
+    print(f"{'logits':24}{'ms':>10}{'extra MB':>12}")
+    for name in LOSS:
+        print(f"{name:24}{1000 * seconds[name]:10.1f}{memory_of('loss', name):12.1f}")
 
 
 def main():
     if sys.argv[1:2] == ["memory"]:         # our own child process
         if sys.argv[2] == "loss":
-            return print(peak_memory(loss_work(sys.argv[3] == "1")))
+            return print(peak_memory(loss_work(sys.argv[3])))
         return measure_memory(*sys.argv[2:5], sys.argv[5] == "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sfi", "scale", "loss"))
