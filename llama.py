@@ -1,7 +1,8 @@
 """
 Llama: the decoder of Llama-2/3, Vicuna, TinyLlama and SmolLM2, with its KV cache, LoRA, weight loaders and tokenizers.
 
-    model, tokenizer = load_llama("Meta-Llama-3-8B-Instruct", dtype=torch.bfloat16), load_tokenizer("Meta-Llama-3-8B-Instruct")
+    model, tokenizer = load_llama(folder, dtype=torch.bfloat16), load_tokenizer(folder)
+    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("The capital of France is")]])
     for ids in generate(model, model.embed(prompt), stop_ids=tokenizer.stop_ids): ...
 
 Three decisions to know before reading:
@@ -78,8 +79,8 @@ LLAMAS = {
 
 def rope_frequencies(config, device=None):
     """
-    The hd/2 angles a position adds, slowed down as Llama-3.1 does when the config says so. In float32 and in the order of
-    Meta's code: the last bit of a frequency is a difference of 0.4 % in a cosine at position 100,000.
+    The hd/2 angles a position adds, slowed down as Llama-3.1 does when the config says so. In float32 and in the order
+    of Meta's code: the last bit of a frequency is a difference of 0.4 % in a cosine at position 100,000.
     """
     freq = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
     s = config.rope_scaling
@@ -230,7 +231,7 @@ class Llama(nn.Module):
         x = self.embed(x) if not x.is_floating_point() else x
         B, T, _ = x.shape
         rope, mask = self.positions(B, T, x, cache)
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)):
             if self.grad_checkpoint and self.training:
                 x = checkpoint(self.run_layer, i, x, rope, mask, between, use_reentrant=False)
             else:
@@ -257,7 +258,7 @@ class Llama(nn.Module):
         angle = new[..., None].float() * rope_frequencies(self.config, x.device)   # ([B,] T, hd/2)
         angle = torch.cat((angle, angle), dim=-1)
         if angle.dim() == 3:
-            angle = angle[:, None]                                                 # (B, 1, T, hd): the same for all heads
+            angle = angle[:, None]                                                 # (B, 1, T, hd): same for all heads
         return (angle.cos().to(x.dtype), angle.sin().to(x.dtype)), mask
 
 
@@ -301,7 +302,7 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A dropout(x), W frozen (Hu et al. 2021). Shares the weight of the layer it replaces."""
+    """y = W x + (alpha / rank) B A dropout(x), W frozen (Hu et al. 2021). Shares W with the layer it replaces."""
 
     def __init__(self, plain, rank, alpha, dropout):
         super().__init__()
@@ -366,9 +367,9 @@ def save_lora(model, folder):
     write_json(pathlib.Path(folder, "adapter_config.json"), config)
 
 
-# What adapter_config.json may say without changing the mathematics of LoRALinear; anything else that is set is refused.
-PEFT_PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "auto_mapping", "peft_version", "revision",
-              "base_model_name_or_path", "inference_mode", "megatron_core", "qalora_group_size"}
+# What adapter_config.json may say without changing the mathematics of LoRALinear; all else that is set is refused.
+PEFT_PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "auto_mapping", "peft_version",
+              "revision", "base_model_name_or_path", "inference_mode", "megatron_core", "qalora_group_size"}
 PEFT_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
@@ -376,13 +377,14 @@ def load_lora(model, folder):
     """Apply and fill the LoRA that PEFT (or save_lora) wrote to folder."""
     folder = pathlib.Path(folder)
     config = read_json(folder / "adapter_config.json")
-    refused = [f"{k} {v!r}" for k, v in config.items() if v and k not in PEFT_PLAIN and v not in PEFT_VALUES.get(k, ())]
+    refused = [f"{k} {v!r}" for k, v in config.items()
+               if v and k not in PEFT_PLAIN and v not in PEFT_VALUES.get(k, ())]
     targets = config.get("target_modules")
     if not isinstance(targets, list):
-        refused.append(f"target_modules {targets!r} (a list such as [\"q_proj\", \"v_proj\"] is read)")
+        refused.append(f"target_modules {targets!r}, not a list of names such as q_proj")
     if refused:
-        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(refused)}: not plain LoRA; merge the adapter with "
-                         "PEFT and load the merged model")
+        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(refused)}: not plain LoRA; merge the adapter "
+                         "with PEFT and load the merged model")
     apply_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
                [t.removesuffix("_proj") for t in targets])
     file = folder / "adapter_model.safetensors"
@@ -393,7 +395,7 @@ def load_lora(model, folder):
 
 # ---------------------------------------------------------------------------------------------- weights
 
-# ours: (Hugging Face's name, Meta's name, the dimension that Meta's shards split; None: each holds all); {} is the layer
+# ours: (Hugging Face's name, Meta's, the dimension that Meta's shards split; None: each holds all); {} is the layer
 HUGGING_FACE, META = 0, 1
 NAMES = {
     "embed.weight": ("model.embed_tokens.weight", "tok_embeddings.weight", 0),     # dimension 1 in Llama-2
@@ -477,8 +479,9 @@ def hf_config(folder):
     wrong += [f"rope_scaling of type {kind!r}"] if kind not in ("default", "llama3") else []
     if wrong:
         raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only models of Llama's architecture are read")
-    rope = None if kind == "default" else RopeScaling(
-        scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"])
+    rope = None if kind == "default" else RopeScaling(scaling["factor"], scaling["low_freq_factor"],
+                                                      scaling["high_freq_factor"],
+                                                      scaling["original_max_position_embeddings"])
     # What older files leave out has the value that transformers gives it.
     return LlamaConfig(
         dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
@@ -492,7 +495,7 @@ def hf_files(folder):
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.exists():
-            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
         files = sorted(folder.glob(f"{stem}*{suffix}"))
         if files:
             return files
@@ -508,7 +511,7 @@ def hf_tensors(folder, model):
                     if not name.endswith(left_out))
 
 
-# Meta's params.json is silent about these; they stand in its code (llama, llama3, llama-models: model.py, apply_scaling).
+# Meta's params.json is silent about these; they stand in its code (model.py of llama, llama3 and llama-models).
 META_THETA = {"Llama-2": 10000.0, "Llama-3": 500000.0}
 META_SCALING = {"3.1": RopeScaling(factor=8.0), "3.2": RopeScaling(factor=32.0)}
 
@@ -516,26 +519,27 @@ META_SCALING = {"3.1": RopeScaling(factor=8.0), "3.2": RopeScaling(factor=32.0)}
 def meta_config(folder):
     """params.json and the first shard -> LlamaConfig."""
     p, files = read_json(folder / "params.json"), meta_files(folder)
-    first, dim, heads = open_pickle(files[0]), p["dim"], p["n_heads"]
-    table, vocab = first["tok_embeddings.weight"], p.get("vocab_size", -1)
-    rows = len(table) * (len(files) if table.shape[1] == dim else 1)               # Llama-2 splits the other dimension
-    if vocab not in (-1, rows):                                                    # Llama-2 writes -1
-        raise ValueError(f"{folder / 'params.json'}: vocab_size {vocab} and dim {dim}, but the embedding in {files[0].name}, "
-                         f"one of {len(files)}, is {tuple(table.shape)}; is a shard missing?")
+    first, dim, heads, n = open_pickle(files[0]), p["dim"], p["n_heads"], len(files)
+    table, vocab, kv_heads = first["tok_embeddings.weight"], p.get("vocab_size", -1), p.get("n_kv_heads") or heads
+    rows, columns = table.shape
+    rows, columns = (rows * n, columns) if columns == dim else (rows, columns * n)     # Llama-3's split, or Llama-2's
+    if columns != dim or vocab not in (-1, rows) or kv_heads % n:                  # Llama-2 writes vocab_size -1
+        raise ValueError(f"{folder / 'params.json'}: dim {dim}, vocab_size {vocab} and {kv_heads} key-value heads do "
+                         f"not fit {n} files, the first with an embedding of {tuple(table.shape)}; is a shard missing?")
     family = "Llama-3" if rows > 100000 else "Llama-2"
     scaled = bool(p.get("use_scaled_rope"))
-    # Meta's code knows the factor 8 alone; its 3.2 models, 1B and 3B, were trained with 32 (their config.json says so).
+    # Meta's code knows the factor 8 alone; its 3.2 models of 1B and 3B were trained with 32 (their config.json).
     scaling = META_SCALING["3.2" if dim < 4096 else "3.1"] if scaled else None
-    output = first.get("output.weight")                                            # Llama-3.2 stores the embedding twice
+    output = first.get("output.weight")                                            # Llama-3.2: the embedding again
     config = LlamaConfig(
-        dim=dim, n_layers=p["n_layers"], n_heads=heads, n_kv_heads=p.get("n_kv_heads") or heads, vocab_size=rows,
-        ffn_dim=len(first["layers.0.feed_forward.w1.weight"]) * len(files), norm_eps=p["norm_eps"],
-        rope_theta=float(p.get("rope_theta") or META_THETA[family]), rope_scaling=scaling,
+        dim=dim, n_layers=p["n_layers"], n_heads=heads, n_kv_heads=kv_heads, vocab_size=rows, norm_eps=p["norm_eps"],
+        ffn_dim=len(first["layers.0.feed_forward.w1.weight"]) * n, rope_scaling=scaling,
+        rope_theta=float(p.get("rope_theta") or META_THETA[family]),
         max_len=131072 if scaled else 8192 if family == "Llama-3" else 4096,
         tied=output is None or output.data_ptr() == table.data_ptr())
     freqs = first.get("rope.freqs")
     if freqs is not None and not torch.allclose(freqs.float(), rope_frequencies(config), rtol=1e-2, atol=1e-6):
-        raise ValueError(f"{files[0]}: rope.freqs contradicts rope_theta {config.rope_theta:g} and rope scaling {scaling}")
+        raise ValueError(f"{files[0]}: rope.freqs contradicts rope_theta {config.rope_theta:g} and scaling {scaling}")
     return config
 
 
@@ -571,6 +575,8 @@ def meta_tensors(folder, model):
 def halve(read, heads):
     """Rows of a query or key weight from interleaved rotary pairs (Meta) to halves (Hugging Face)."""
     w = read()
+    if len(w) % (2 * heads):                # misshapen: fill says so
+        return w
     return w.view(heads, len(w) // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)
 
 
@@ -583,9 +589,10 @@ def save_llama(model, folder, tokenizer_config=None):
                          high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_max_len)
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=c.dim, intermediate_size=c.ffn_dim,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
-        vocab_size=c.vocab_size, max_position_embeddings=c.max_len, rope_theta=c.rope_theta, rope_scaling=scaling,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, hidden_act="silu", bos_token_id=None, eos_token_id=None,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim, vocab_size=c.vocab_size, max_position_embeddings=c.max_len, rope_theta=c.rope_theta,
+        rope_scaling=scaling, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, hidden_act="silu",
+        bos_token_id=None, eos_token_id=None,                                      # if silent, transformers says 1, 2
         torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."))
     write_tensors(folder / "model.safetensors", {their_name(k, HUGGING_FACE): p for k, p in model.named_parameters()})
     write_json(folder / "config.json", config)
@@ -616,7 +623,8 @@ def write_json(path, values):
 
 def write_tensors(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: p.detach().contiguous() for k, p in tensors.items()}, path.with_suffix(".tmp"), metadata={"format": "pt"})
+    tensors = {k: p.detach().contiguous() for k, p in tensors.items()}
+    save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -666,7 +674,8 @@ LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")                  
 class ByteTokenizer:
     """Text as its UTF-8 bytes, ids 0-255, and a few specials behind them. What the tiny model reads."""
     adds_space = False
-    SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>")
+    SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                "<s>", "</s>")
 
     def __init__(self):
         self.special = {name: 256 + i for i, name in enumerate(self.SPECIALS)}
@@ -688,7 +697,8 @@ class SentencePieceTokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path} is neither a SentencePiece model nor Llama-3's token list") from None
-        self.special = {self.model.id_to_piece(i): i for i in range(self.model.vocab_size()) if self.model.is_control(i)}
+        controls = filter(self.model.is_control, range(self.model.vocab_size()))
+        self.special = {self.model.id_to_piece(i): i for i in controls}
         self.bos_id, self.stop_ids = self.model.bos_id(), {self.model.eos_id()}
         self.adds_space = self.model.encode("a", out_type=str)[0].startswith("\u2581")
 
@@ -703,7 +713,7 @@ MAX_CHARS = 400_000                         # as Meta's tokenizer: tiktoken fail
 
 
 def pieces(text, max_run):
-    """text cut every MAX_CHARS, and inside a run of more than max_run spaces, or of more than max_run other characters."""
+    """text cut every MAX_CHARS, and inside a run of more than max_run spaces, or of as many other characters."""
     for i in range(0, len(text), MAX_CHARS):
         part = text[i:i + MAX_CHARS]
         runs = re.finditer(r"\s+|\S+", part) if len(part) > max_run else ()
@@ -735,7 +745,8 @@ class Llama3Tokenizer(BytePairs):
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
                 "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-                "<|eot_id|>", "<|python_tag|>", "<|image|>"] + [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
+                "<|eot_id|>", "<|python_tag|>", "<|image|>",
+                *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
 
     def __init__(self, path):
         lines = pathlib.Path(path).read_bytes().splitlines()
@@ -748,7 +759,8 @@ class Llama3Tokenizer(BytePairs):
 
 # The characters with which GPT-2's byte-level BPE writes the 256 bytes: printable ones stand for themselves.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
 class ByteLevelTokenizer(BytePairs):
@@ -756,14 +768,15 @@ class ByteLevelTokenizer(BytePairs):
     tokenizer.json of a byte-level BPE model (Hugging Face's Llama-3, SmolLM2).
     tiktoken merges the pair whose *result* has the lowest rank, Hugging Face the pair that stands first in `merges`: so
     the ranks made here are the 256 bytes, then the results of the merges in their order, whatever the ids are.
-    Bytes that the vocabulary lacks are dropped, as by Hugging Face (which then may merge what has come to stand together).
+    Bytes that the vocabulary lacks are dropped, as by Hugging Face (which may merge what then stands together).
     """
 
     def __init__(self, path):
         t, config = read_json(path), read_json_if_there(pathlib.Path(path).parent / "tokenizer_config.json")
         pattern, model = split_pattern(t, path), t["model"]
         self.special = {a["content"]: a["id"] for a in t.get("added_tokens", [])}
-        ids = {bytes(BYTE_OF[ch] for ch in token): i for token, i in model["vocab"].items() if token not in self.special}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in self.special}
+        ids = {bytes(BYTE_OF[ch] for ch in token): i for token, i in vocab.items()}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         tokens = [bytes([b]) for b in range(256)] + [bytes(BYTE_OF[ch] for ch in a + b) for a, b in merges]
         if model.get("ignore_merges"):      # a piece of text that is a token becomes it, even if no merges lead there
@@ -772,7 +785,8 @@ class ByteLevelTokenizer(BytePairs):
         super().__init__(pattern, ranks, [ids.get(token) for token in ranks])
         name = lambda key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
         self.bos_id = self.special.get(name("bos_token") or "<|begin_of_text|>")
-        self.stop_ids = {self.special[s] for s in (name("eos_token"), "<|im_end|>", *LLAMA3_STOPS) if s in self.special}
+        stops = (name("eos_token"), "<|im_end|>", *LLAMA3_STOPS)
+        self.stop_ids = {self.special[s] for s in stops if s in self.special}
 
 
 # GPT-2's split, and the same where every digit is cut out first: spaces before a digit then end their piece.
@@ -794,8 +808,8 @@ def split_pattern(t, path):
         isolated = first.get("behavior") == "Isolated" and not first["invert"] and "Regex" in first["pattern"]
         if kinds == ["Split", "ByteLevel"] and isolated and not by_gpt2:
             return first["pattern"]["Regex"]
-    raise ValueError(f"{path}: normalizer {t.get('normalizer')} with pre_tokenizer {pre} is not known; known are no normalizer "
-                     "with ByteLevel, with Digits (each) and ByteLevel, or with Split (Regex, Isolated) and ByteLevel")
+    raise ValueError(f"{path}: normalizer {t.get('normalizer')} with pre_tokenizer {pre} is not known; known are, "
+                     "without normalizer, ByteLevel, Digits (each) + ByteLevel and Split (Regex, Isolated) + ByteLevel")
 
 
 def load_tokenizer(path):

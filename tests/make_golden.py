@@ -62,12 +62,36 @@ def convnext():
 
 
 LLAMAS = {
-    "gqa": dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=6,
-                intermediate_size=20, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=256,
-                rope_parameters=dict(rope_type="llama3", rope_theta=1000.0, factor=4.0, low_freq_factor=1.0,
-                                     high_freq_factor=4.0, original_max_position_embeddings=96)),
-    "mha": dict(vocab_size=36, hidden_size=20, num_hidden_layers=2, num_attention_heads=5, intermediate_size=28,
-                rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "gqa": dict(
+        vocab_size=40,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=6,
+        intermediate_size=20,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=1000.0,
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=96,
+        ),
+    ),
+    "mha": dict(
+        vocab_size=36,
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        intermediate_size=28,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=500.0),
+    ),
 }
 
 
@@ -87,7 +111,9 @@ def llama():
             out[f"{name}.logits"] = model(out[f"{name}.ids"]).logits
         if name == "gqa":
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=8, lora_dropout=0.1, target_modules=targets)).eval()
+            model = peft.get_peft_model(
+                model, peft.LoraConfig(r=3, lora_alpha=8, lora_dropout=0.1, target_modules=targets)
+            ).eval()
             lora = {k: p for k, p in model.named_parameters() if "lora_" in k}
             with torch.no_grad():
                 for p in lora.values():
@@ -99,11 +125,43 @@ def llama():
 
 
 AWKWARD = [
-    "", " ", "   ", "Hello, world!", " leading space", "trailing space ", "two  spaces   three", "\ttab\t\ttabs", "line\nline\n\n\nline\r\n",
-    "It's we'll I'VE they'd don't", "'s 's'S", "naïve café Ångström", "e\u0301 combining, n\u0303", "日本語の文章 中文 한국어", "Привет, мир", "שלום עולם مرحبا",
-    "😀 👩‍👩‍👧‍👦 🇩🇪", "1234567890 3.14159 1,000,000", "x² ½ Ⅷ ٣", " 7  8   9", "year 2024: 15 ships", "snake_case CamelCase kebab-case", "a\u00a0b\u2003c\u200bd",
-    "<s> </s> <unk> <0x0A>", "<|begin_of_text|><|eot_id|><|im_end|><|endoftext|>", "<image> <region1> [INST]", "!?;:...---***", "\x00\x04\x1c\x7f control",
-    "\U000f0000 \ue000 private", "a" * 2000, " " * 2000, "ab " * 300, "\n" * 500, "!" * 500, "é" * 300, "7" * 300, "def f(x):\n    return x  # code",
+    "",
+    " ",
+    "   ",
+    "Hello, world!",
+    " leading space",
+    "trailing space ",
+    "two  spaces   three",
+    "\ttab\t\ttabs",
+    "line\nline\n\n\nline\r\n",
+    "It's we'll I'VE they'd don't",
+    "'s 's'S",
+    "naïve café Ångström",
+    "e\u0301 combining, n\u0303",
+    "日本語の文章 中文 한국어",
+    "Привет, мир",
+    "שלום עולם مرحبا",
+    "😀 👩‍👩‍👧‍👦 🇩🇪",
+    "1234567890 3.14159 1,000,000",
+    "x² ½ Ⅷ ٣",
+    " 7  8   9",
+    "year 2024: 15 ships",
+    "snake_case CamelCase kebab-case",
+    "a\u00a0b\u2003c\u200bd",
+    "<s> </s> <unk> <0x0A>",
+    "<|begin_of_text|><|eot_id|><|im_end|><|endoftext|>",
+    "<image> <region1> [INST]",
+    "!?;:...---***",
+    "\x00\x04\x1c\x7f control",
+    "\U000f0000 \ue000 private",
+    "a" * 2000,
+    " " * 2000,
+    "ab " * 300,
+    "\n" * 500,
+    "!" * 500,
+    "é" * 300,
+    "7" * 300,
+    "def f(x):\n    return x  # code",
 ]
 CORPUS = [
     "The image shows an airport with two runways, a terminal and several airplanes parked beside it.",
@@ -117,14 +175,18 @@ CORPUS = [
 def byte_level():
     """Two byte-level BPE tokenizers as tokenizer.json, and how Hugging Face's tokenizers encodes awkward texts."""
     pre = tokenizers.pre_tokenizers
-    llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    llama3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     kinds = {
         # As SmolLM2's: digits first, then GPT-2's split; of control and other bytes only those in the corpus are there.
         "digits": (pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)]), map(chr, range(33, 127))),
-        # As Llama-3's: all bytes, ids not in the order of the merges, and pieces that are tokens though no merge leads there.
-        "split": (pre.Sequence([pre.Split(tokenizers.Regex(llama3), "isolated"), pre.ByteLevel(False, use_regex=False)]),
-                  pre.ByteLevel.alphabet()),
+        # As Llama-3's: all bytes, ids not in the order of the merges, and tokens to which no merge leads.
+        "split": (
+            pre.Sequence([pre.Split(tokenizers.Regex(llama3), "isolated"), pre.ByteLevel(False, use_regex=False)]),
+            pre.ByteLevel.alphabet(),
+        ),
     }
     encoded = {"texts": AWKWARD + CORPUS}
     for name, (pre_tokenizer, alphabet) in kinds.items():
@@ -132,8 +194,12 @@ def byte_level():
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         alphabet = sorted(alphabet)
-        tokenizer.train_from_iterator(CORPUS * 2, tokenizers.trainers.BpeTrainer(
-            vocab_size=len(alphabet) + 250, initial_alphabet=alphabet, special_tokens=special, show_progress=False))
+        tokenizer.train_from_iterator(
+            CORPUS * 2,
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=len(alphabet) + 250, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+            ),
+        )
         t = json.loads(tokenizer.to_str())
         if name == "split":
             vocab = t["model"]["vocab"]

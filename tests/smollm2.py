@@ -4,6 +4,7 @@
 
 Not part of the test suite, since it needs the weights. Exits with 1 if something differs.
 """
+
 import sys
 from pathlib import Path
 
@@ -13,7 +14,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llama import generate, load_llama, load_tokenizer  # noqa: E402
 
-PROMPTS = ["The capital of France is", "Water boils at 100 degrees and", "def fibonacci(n):\n    ", "Once upon a time, in 1969,"]
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at 100 degrees and",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in 1969,",
+]
 
 
 def main(folder):
@@ -27,12 +33,16 @@ def main(folder):
         with torch.no_grad():
             expected = theirs(ids).logits
             difference = ((ours(ids) - expected).abs().max() / expected.abs().max()).item()
-            answer = theirs.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1]:]
+            answer = theirs.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                0, ids.shape[1] :
+            ]
         tokens = [int(i) for i in generate(ours, ours.embed(ids), max_new_tokens=50)]
         same = same_prompt and tokens == answer.tolist()
         failed |= not same
-        print(f"{prompt!r} -> {tokenizer.decode(tokens)!r}\n    {'equals' if same else 'DIFFERS FROM'} transformers; "
-              f"logits of the prompt differ by {difference:.1e} of the largest")
+        print(
+            f"{prompt!r} -> {tokenizer.decode(tokens)!r}\n    {'equals' if same else 'DIFFERS FROM'} transformers; "
+            f"logits of the prompt differ by {difference:.1e} of the largest"
+        )
         if prompt == PROMPTS[0] and "Paris" not in tokenizer.decode(tokens[:5]):
             failed = True
             print("    Paris is missing")

@@ -1,10 +1,11 @@
-"""A real pretrained model in Meta's layout: stories260K (llama2.c) is converted, loaded, and tells its published story.
+"""A real pretrained model in Meta's layout: stories260K (llama2.c), converted and loaded, tells its published story.
 
     python tests/stories260k.py DIR      # holds stories260K.bin, tok512.bin and expected.txt, how the story begins
 
-260,000 parameters, 8 heads over 4, rotary pairs interleaved, output tied. Not part of the test suite, since it needs the
-files. Exits with 1 if the text differs.
+260,000 parameters, 8 heads over 4, rotary pairs interleaved, output tied. Not part of the test suite, since it needs
+the files. Exits with 1 if the text differs.
 """
+
 import json
 import re
 import struct
@@ -31,7 +32,7 @@ def convert(file, folder):
     def take(name, *shape):
         nonlocal at
         for i in range(layers) if "{}" in name else [0]:
-            state[name.format(i)] = values[at:at + int(np.prod(shape))].view(shape).clone()
+            state[name.format(i)] = values[at : at + int(np.prod(shape))].view(shape).clone()
             at += int(np.prod(shape))
 
     take("tok_embeddings.weight", vocab, dim)
@@ -55,7 +56,7 @@ def read_pieces(file):
     raw, at, pieces = file.read_bytes(), 4, []
     while at < len(raw):
         _, n = struct.unpack_from("<fi", raw, at)
-        pieces.append(raw[at + 8:at + 8 + n])
+        pieces.append(raw[at + 8 : at + 8 + n])
         at += 8 + n
     byte = lambda piece: re.fullmatch(rb"<0x([0-9A-F]{2})>", piece)
     return [bytes([int(byte(p)[1], 16)]) if byte(p) else p for p in pieces]
@@ -67,7 +68,11 @@ def main(folder):
         model = load_llama(meta)
     pieces, expected = read_pieces(folder / "tok512.bin"), (folder / "expected.txt").read_text()
     prompt = model.embed(torch.tensor([[BOS]]))
-    text = b"".join(pieces[int(i)] for i in generate(model, prompt, max_new_tokens=200, stop_ids=[BOS, EOS])).decode().lstrip()
+    text = (
+        b"".join(pieces[int(i)] for i in generate(model, prompt, max_new_tokens=200, stop_ids=[BOS, EOS]))
+        .decode()
+        .lstrip()
+    )
     print(text)
     if not text.startswith(expected.strip()):
         print(f"\nDIFFERS: expected to begin\n{expected}")

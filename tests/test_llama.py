@@ -1,8 +1,9 @@
-"""Llama computes what transformers and Meta's formulation compute, loads every published layout, and decodes as it should.
+"""Llama computes what transformers and Meta's formulation compute, loads every published layout, and decodes right.
 
     pytest tests/test_llama.py
-Golden files come from tests/make_golden.py; the same comparisons live against transformers and Meta's code: tests/peers.
+Golden files come from tests/make_golden.py; live against transformers and Meta's code: tests/peers.
 """
+
 import dataclasses
 import json
 import math
@@ -49,17 +50,29 @@ def random_ids(B, T, seed=1):
 
 # ---- an independent formulation: Meta's names, interleaved pairs as complex numbers, naive attention, float64 ----
 
+
 def meta_state(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
     D, q, kv, ffn = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim
-    shapes = {"tok_embeddings.weight": (config.vocab_size, D), "norm.weight": (D,), "output.weight": (config.vocab_size, D)}
+    shapes = {
+        "tok_embeddings.weight": (config.vocab_size, D),
+        "norm.weight": (D,),
+        "output.weight": (config.vocab_size, D),
+    }
     for i in range(config.n_layers):
-        attention = {"attention_norm": (D,), "attention.wq": (q, D), "attention.wk": (kv, D), "attention.wv": (kv, D),
-                     "attention.wo": (D, q)}
+        attention = {
+            "attention_norm": (D,),
+            "attention.wq": (q, D),
+            "attention.wk": (kv, D),
+            "attention.wv": (kv, D),
+            "attention.wo": (D, q),
+        }
         mlp = {"ffn_norm": (D,), "feed_forward.w1": (ffn, D), "feed_forward.w2": (D, ffn), "feed_forward.w3": (ffn, D)}
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in (attention | mlp).items()}
-    return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 + (len(shape) == 1)
-            for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
 
 
 def meta_frequencies(config):
@@ -91,7 +104,7 @@ def meta_logits(state, config, ids):
         for h in range(config.n_heads):
             rows, shared = slice(h * hd, h * hd + hd), slice(h // group * hd, h // group * hd + hd)
             q, k = rotated(y @ at("attention.wq")[rows].T), rotated(y @ at("attention.wk")[shared].T)
-            scores = (q @ k.T / hd ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            scores = (q @ k.T / hd**0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ (y @ at("attention.wv")[shared].T))
         x = x + torch.cat(heads, -1) @ at("attention.wo").T
         y = norm(x, at("ffn_norm"))
@@ -101,7 +114,17 @@ def meta_logits(state, config, ids):
 
 def write_meta(folder, state, params, shards=1, embedding_dim=0):
     """Meta's files; embedding_dim: 1 as Llama-2 is split, 0 as Llama-3 is."""
-    split = {"tok_embeddings": embedding_dim, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
+    split = {
+        "tok_embeddings": embedding_dim,
+        "output": 0,
+        "wq": 0,
+        "wk": 0,
+        "wv": 0,
+        "wo": 1,
+        "w1": 0,
+        "w2": 1,
+        "w3": 0,
+    }
     for j in range(shards):
         dims = {name: split.get(name.split(".")[-2]) for name in state}
         part = {name: t if dims[name] is None else t.chunk(shards, dims[name])[j].clone() for name, t in state.items()}
@@ -110,8 +133,19 @@ def write_meta(folder, state, params, shards=1, embedding_dim=0):
 
 
 def meta_params(config, **changes):
-    return dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
-                multiple_of=4, norm_eps=config.norm_eps, vocab_size=config.vocab_size, rope_theta=config.rope_theta) | changes
+    return (
+        dict(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            multiple_of=4,
+            norm_eps=config.norm_eps,
+            vocab_size=config.vocab_size,
+            rope_theta=config.rope_theta,
+        )
+        | changes
+    )
 
 
 META_CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=20, vocab_size=52, rope_theta=500.0)
@@ -127,8 +161,16 @@ def test_meta_files_give_the_logits_of_the_naive_formulation(tmp_path, shards, e
         assert difference(model(ids)[0], meta_logits(state, META_CONFIG, ids[0])) <= 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 6}, {"n_kv_heads": 1, "head_dim": 4}, {"rope_scaling": RopeScaling()},
-                                     {"rope_theta": 500.0, "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 96)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 6},
+        {"n_kv_heads": 1, "head_dim": 4},
+        {"rope_scaling": RopeScaling()},
+        {"rope_theta": 500.0, "rope_scaling": RopeScaling(4.0, 1.0, 4.0, 96)},
+    ],
+)
 def test_attention_rope_and_norm_equal_the_naive_formulation(changes):
     """Interleaved pairs (Meta) and halves (ours) are the same rotation once the rows of q and k are re-ordered."""
     config = dataclasses.replace(CONFIG, **changes)
@@ -144,6 +186,7 @@ def test_attention_rope_and_norm_equal_the_naive_formulation(changes):
 
 
 # ---- decoding ----
+
 
 @pytest.mark.parametrize("steps", [[1] * 12, [5, 3, 1, 3], [12]])
 @torch.no_grad()
@@ -164,7 +207,10 @@ def test_cached_rows_of_unequal_length_go_on_at_their_own_place():
     cache = KVCache(model.config, 3, 9 + sum(more), torch.float32, "cpu")
     model(prompt, cache=cache)
     cache.set_lengths(torch.tensor(lengths))
-    parts = [torch.stack([row[n:][sum(more[:s]):sum(more[:s + 1])] for row, n in zip(rows, lengths)]) for s in range(len(more))]
+    parts = [
+        torch.stack([row[n:][sum(more[:s]) : sum(more[: s + 1])] for row, n in zip(rows, lengths)])
+        for s in range(len(more))
+    ]
     logits = torch.cat([model(part, cache=cache) for part in parts], 1)
     for b, n in enumerate(lengths):
         assert difference(logits[b], model(rows[b][None])[0, n:]) <= 1e-5, b
@@ -176,7 +222,7 @@ def test_padding_on_the_right_does_not_touch_a_row():
     other = ids.clone()
     other[0, 7:] = random_ids(1, 5, seed=9)
     assert not torch.equal(ids, other)
-    assert torch.equal(model(ids)[0, :7], model(other)[0, :7])                     # whatever stands in the padding
+    assert torch.equal(model(ids)[0, :7], model(other)[0, :7])  # whatever stands in the padding
     assert difference(model(ids)[0, :7], model(ids[:1, :7])[0]) <= 1e-5
 
 
@@ -185,7 +231,7 @@ def answers(model, prompts, n=12, **options):
     lengths = torch.tensor([len(p) for p in prompts])
     padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, p in zip(padded, prompts):
-        row[:len(p)] = torch.tensor(p)
+        row[: len(p)] = torch.tensor(p)
     steps = list(generate(model, model.embed(padded), lengths, n, **options))
     return [[i for i in row if i >= 0] for row in torch.stack(steps, 1).tolist()]
 
@@ -197,32 +243,32 @@ def test_a_batch_of_unequal_prompts_gives_the_tokens_of_each_alone():
     model = random_llama()
     together = answers(model, PROMPTS)
     assert together == [answers(model, [p])[0] for p in PROMPTS]
-    for p, answer in zip(PROMPTS, together):                                       # and of no cache at all
+    for p, answer in zip(PROMPTS, together):  # and of no cache at all
         ids = torch.tensor([p + answer])
-        assert model(ids)[0, len(p) - 1:-1].argmax(-1).tolist() == answer
-    assert len({tuple(a) for a in together}) == len(PROMPTS)                       # else the comparison says nothing
+        assert model(ids)[0, len(p) - 1 : -1].argmax(-1).tolist() == answer
+    assert len({tuple(a) for a in together}) == len(PROMPTS)  # else the comparison says nothing
 
 
 def test_a_stop_token_ends_its_row_and_no_other():
     model = random_llama()
     free = answers(model, PROMPTS)
     stop = next(i for i in free[1] if free[1].index(i) >= 3 and not all(i in a for a in free))
-    cut = [a[:a.index(stop)] if stop in a else a for a in free]
-    assert answers(model, PROMPTS, stop_ids=[stop, 10 ** 6]) == cut != free
+    cut = [a[: a.index(stop)] if stop in a else a for a in free]
+    assert answers(model, PROMPTS, stop_ids=[stop, 10**6]) == cut != free
     alone = list(generate(model, model.embed(torch.tensor(PROMPTS[1:2])), max_new_tokens=12, stop_ids=[stop]))
-    assert 3 <= len(alone) == len(cut[1]) < 12                                     # all rows stopped: no more steps
+    assert 3 <= len(alone) == len(cut[1]) < 12  # all rows stopped: no more steps
 
 
 def test_sampling():
     model = random_llama()
     draw = lambda seed, **o: answers(model, PROMPTS, generator=torch.Generator().manual_seed(seed), **o)
     assert draw(0, temperature=1.0) == draw(0, temperature=1.0) != draw(1, temperature=1.0)
-    assert draw(0, temperature=1.0, top_p=1e-6) == answers(model, PROMPTS)         # the nucleus holds at least the best
+    assert draw(0, temperature=1.0, top_p=1e-6) == answers(model, PROMPTS)  # the nucleus holds at least the best
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     drawn = pick(p.log().expand(4000, 4), 1.0, 0.6, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
-    assert (drawn - torch.tensor([4 / 7, 3 / 7, 0, 0])).abs().max() < 0.04         # 0.4 alone is short of 0.6
+    assert (drawn - torch.tensor([4 / 7, 3 / 7, 0, 0])).abs().max() < 0.04  # 0.4 alone is short of 0.6
     drawn = pick(p.log().expand(4000, 4), 0.5, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
-    assert (drawn - p ** 2 / (p ** 2).sum()).abs().max() < 0.04                    # temperature 1/2 squares
+    assert (drawn - p**2 / (p**2).sum()).abs().max() < 0.04  # temperature 1/2 squares
 
 
 def test_between_runs_before_every_layer_and_in_the_prompt_only():
@@ -240,7 +286,10 @@ def test_between_runs_before_every_layer_and_in_the_prompt_only():
         for layer in model.layers[1:]:
             naive = layer(naive, *model.positions(1, 11, x, None))
         assert torch.equal(model(x, between=between), model.head(model.norm(naive)))
-        assert changed[0] == int(model(x, between=between)[0, -1].argmax()) and changed != answers(model, PROMPTS[1:2], 5)[0]
+        assert (
+            changed[0] == int(model(x, between=between)[0, -1].argmax())
+            and changed != answers(model, PROMPTS[1:2], 5)[0]
+        )
 
 
 @torch.no_grad()
@@ -272,10 +321,11 @@ def test_bfloat16_decodes_near_float32():
     """One vector takes another product than many do: both must round once, from a float32 sum."""
     x, w = torch.randn(1, 1, 512, dtype=torch.bfloat16), torch.randn(300, 512, dtype=torch.bfloat16)
     exact = F.linear(x.double(), w.double())
-    assert llama.linear(x, w).shape == exact.shape and difference(llama.linear(x, w).double(), exact) < 2 ** -8
+    assert llama.linear(x, w).shape == exact.shape and difference(llama.linear(x, w).double(), exact) < 2**-8
 
 
 # ---- Hugging Face directories ----
+
 
 @pytest.fixture(params=["gqa", "mha"])
 def published(request, tmp_path):
@@ -310,9 +360,15 @@ def test_logits_equal_transformers(published):
     assert difference(load_llama(folder)(ids), logits) <= 1e-5
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("gqa", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}), ("gqa", {"rms_norm_eps": 1e-6}),
-    ("mha", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}), ("mha", {"rms_norm_eps": 1e-5})])
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("gqa", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}),
+        ("gqa", {"rms_norm_eps": 1e-6}),
+        ("mha", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("mha", {"rms_norm_eps": 1e-5}),
+    ],
+)
 @torch.no_grad()
 def test_the_golden_files_see_scaling_base_and_epsilon(tmp_path, name, changes):
     folder, (ids, logits) = golden_folder(tmp_path / "published", name), golden_logits(name)
@@ -350,10 +406,10 @@ def test_shards_load_to_the_same_model(published, suffix, how):
 def test_dtype_and_what_is_left_out(published):
     folder, ids, _ = published
     state = read_state(folder)
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}        # in old Vicuna files
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}  # in old Vicuna files
     tied = "lm_head.weight" not in state
     if tied:
-        extra["lm_head.weight"] = state["model.embed_tokens.weight"].clone()       # some files repeat it
+        extra["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # some files repeat it
     save_file(state | extra, folder / "model.safetensors")
     model = load_llama(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
@@ -365,17 +421,31 @@ def test_older_configs_say_less(tmp_path):
     """No head_dim, no rope_theta, no num_key_value_heads: the defaults of transformers."""
     folder = golden_folder(tmp_path / "published", "mha")
     config = json.loads((folder / "config.json").read_text())
-    for key in ("head_dim", "num_key_value_heads", "rope_parameters", "rms_norm_eps", "mlp_bias", "attention_bias", "model_type"):
+    for key in (
+        "head_dim",
+        "num_key_value_heads",
+        "rope_parameters",
+        "rms_norm_eps",
+        "mlp_bias",
+        "attention_bias",
+        "model_type",
+    ):
         config.pop(key)
     (folder / "config.json").write_text(json.dumps(config))
     c = load_llama(folder).config
     assert (c.head_dim, c.n_kv_heads, c.rope_theta, c.norm_eps) == (4, 5, 10000.0, 1e-6)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "qwen2"}, "model_type 'qwen2'"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"attention_bias": True}, "attention_bias True"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+    ],
+)
 def test_other_architectures_are_refused_by_name(tmp_path, changes, words):
     folder = golden_folder(tmp_path / "published", "gqa")
     edit_json(folder / "config.json", **changes)
@@ -405,8 +475,11 @@ def test_tensors_that_do_not_fit_are_named_in_one_error(tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError) as error:
         load_llama(folder)
-    for words in ("1 missing: model.layers.1.mlp.up_proj.weight", "1 unexpected: model.layers.2.mlp.up_proj.weight",
-                  "1 misshapen: lm_head.weight (41, 24), expected (40, 24)"):
+    for words in (
+        "1 missing: model.layers.1.mlp.up_proj.weight",
+        "1 unexpected: model.layers.2.mlp.up_proj.weight",
+        "1 misshapen: lm_head.weight (41, 24), expected (40, 24)",
+    ):
         assert words in str(error.value)
     assert one_line(error)
 
@@ -453,14 +526,19 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, file, zipped):
     if file.startswith("consolidated"):
         (folder / "config.json").unlink()
         (folder / "params.json").write_text(json.dumps(meta_params(META_CONFIG)))
-    torch.save({"norm.weight": torch.ones(3), "x": Hostile(tmp_path / "ran")}, folder / file,
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"norm.weight": torch.ones(3), "x": Hostile(tmp_path / "ran")},
+        folder / file,
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(ValueError, match=f"{file} is refused: its pickle wants to run \\w+.mkdir") as error:
         load_llama(folder)
     assert one_line(error) and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True, "n_kv_heads": 6}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 96)}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": True, "n_kv_heads": 6}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 96)}]
+)
 def test_a_saved_model_loads_again(tmp_path, changes):
     model = random_llama(**changes).to(torch.bfloat16)
     save_llama(model, tmp_path / "new" / "folder", {"tokenizer_class": "ByteTokenizer"})
@@ -468,10 +546,11 @@ def test_a_saved_model_loads_again(tmp_path, changes):
     assert again.config == model.config
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     names = {"config.json", "model.safetensors", "tokenizer_config.json"}
-    assert {f.name for f in (tmp_path / "new" / "folder").iterdir()} == names      # and nothing temporary
+    assert {f.name for f in (tmp_path / "new" / "folder").iterdir()} == names  # and nothing temporary
 
 
 # ---- Meta's directories ----
+
 
 def test_what_params_json_does_not_say(tmp_path):
     """Llama-2: vocab_size -1, no n_kv_heads, no rope_theta; the file may hold rope.freqs. Llama-3.2: a tied output."""
@@ -487,7 +566,7 @@ def test_what_params_json_does_not_say(tmp_path):
         load_llama(tmp_path)
     assert one_line(error)
     (tmp_path / "consolidated.01.pth").unlink()
-    state["output.weight"] = state["tok_embeddings.weight"]                        # one storage, two names
+    state["output.weight"] = state["tok_embeddings.weight"]  # one storage, two names
     torch.save(state, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(params))
     assert load_llama(tmp_path).head is None
@@ -496,17 +575,26 @@ def test_what_params_json_does_not_say(tmp_path):
     assert load_llama(tmp_path).head is None
 
 
-@pytest.mark.parametrize("dim, vocab, params, theta, factor, max_len", [
-    (4096, 32000, {"vocab_size": -1}, 10000.0, None, 4096),                                    # Llama-2
-    (4096, 128256, {"vocab_size": 128256, "rope_theta": 500000.0}, 500000.0, None, 8192),      # Llama-3
-    (4096, 128256, {"vocab_size": 128256}, 500000.0, None, 8192),
-    (4096, 128256, {"use_scaled_rope": True}, 500000.0, 8.0, 131072),                          # Llama-3.1
-    (2048, 128256, {"use_scaled_rope": True}, 500000.0, 32.0, 131072),                         # Llama-3.2 1B
-])
+@pytest.mark.parametrize(
+    "dim, vocab, params, theta, factor, max_len",
+    [
+        (4096, 32000, {"vocab_size": -1}, 10000.0, None, 4096),  # Llama-2
+        (4096, 128256, {"vocab_size": 128256, "rope_theta": 500000.0}, 500000.0, None, 8192),  # Llama-3
+        (4096, 128256, {"vocab_size": 128256}, 500000.0, None, 8192),
+        (4096, 128256, {"use_scaled_rope": True}, 500000.0, 8.0, 131072),  # Llama-3.1
+        (2048, 128256, {"use_scaled_rope": True}, 500000.0, 32.0, 131072),  # Llama-3.2 1B
+    ],
+)
 def test_metas_constants(tmp_path, dim, vocab, params, theta, factor, max_len):
-    one = lambda *shape: torch.zeros(1).expand(shape)                              # stored as a single number
-    torch.save({"tok_embeddings.weight": one(vocab, dim), "output.weight": one(vocab, dim),
-                "layers.0.feed_forward.w1.weight": one(14336, dim)}, tmp_path / "consolidated.00.pth")
+    one = lambda *shape: torch.zeros(1).expand(shape)  # stored as a single number
+    torch.save(
+        {
+            "tok_embeddings.weight": one(vocab, dim),
+            "output.weight": one(vocab, dim),
+            "layers.0.feed_forward.w1.weight": one(14336, dim),
+        },
+        tmp_path / "consolidated.00.pth",
+    )
     (tmp_path / "params.json").write_text(json.dumps(dict(dim=dim, n_layers=32, n_heads=32, norm_eps=1e-5) | params))
     c = llama.meta_config(tmp_path)
     assert (c.vocab_size, c.rope_theta, c.max_len, c.ffn_dim) == (vocab, theta, max_len, 14336)
@@ -520,13 +608,25 @@ def test_meta_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="is a shard missing") as error:
         load_llama(tmp_path)
     assert one_line(error)
+    write_meta(tmp_path, state, meta_params(META_CONFIG), 2, 1)
+    (tmp_path / "consolidated.01.pth").unlink()
+    with pytest.raises(ValueError, match="is a shard missing"):
+        load_llama(tmp_path)
+    write_meta(tmp_path, state, meta_params(META_CONFIG), 4)
+    with pytest.raises(ValueError, match="2 key-value heads do not fit 4 files"):
+        load_llama(tmp_path)
+    for file in list(tmp_path.iterdir()):
+        file.unlink()
     del state["layers.1.ffn_norm.weight"]
     state["layers.1.attention.wk.weight"] = torch.zeros(16, 24)
     write_meta(tmp_path, state | {"extra.weight": torch.ones(1)}, meta_params(META_CONFIG))
     with pytest.raises(ValueError) as error:
         load_llama(tmp_path)
-    for words in ("1 missing: layers.1.ffn_norm.weight in consolidated.00.pth", "unexpected: extra.weight in consolidated.00.pth",
-                  "1 misshapen: layers.1.attention.wk.weight in consolidated.00.pth (16, 24), expected (12, 24)"):
+    for words in (
+        "1 missing: layers.1.ffn_norm.weight in consolidated.00.pth",
+        "unexpected: extra.weight in consolidated.00.pth",
+        "1 misshapen: layers.1.attention.wk.weight in consolidated.00.pth (16, 24), expected (12, 24)",
+    ):
         assert words in str(error.value)
     (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(FileNotFoundError, match="no consolidated"):
@@ -579,13 +679,18 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     folders = [tmp_path / name for name in ("first", "meta", "safetensors", "bin")]
     for folder in folders:
         folder.mkdir()
-    write_meta(folders[0], meta_state(META_CONFIG), meta_params(META_CONFIG))      # torch imports much when it first loads
+    write_meta(folders[0], meta_state(META_CONFIG), meta_params(META_CONFIG))  # torch imports much when it first loads
     write_meta(folders[1], state, meta_params(config), 2, 1)
     for folder, suffix, how in ((folders[2], "safetensors", save_file), (folders[3], "bin", torch.save)):
         save_llama(load_llama(folders[1], dtype=torch.bfloat16), folder)
         shard(folder, suffix, how)
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # what is freed is given back at once
-    out = subprocess.run([sys.executable, "-c", MEASURE.format(root=str(ROOT)), *folders], env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }  # what is freed is given back at once
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(root=str(ROOT)), *folders], env=env, capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
     for folder, line in zip(folders[1:], out.stdout.splitlines()[1:], strict=True):
         size, grown = map(float, line.split())

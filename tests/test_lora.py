@@ -1,8 +1,9 @@
 """LoRA starts as nothing, trains its own matrices alone, merges exactly, and its files are PEFT's.
 
     pytest tests/test_lora.py
-The adapter in tests/golden/lora and its logits were written by peft (tests/make_golden.py); live against peft: tests/peers.
+The adapter in tests/golden/lora and its logits are peft's (tests/make_golden.py); live against peft: tests/peers.
 """
+
 import json
 import pathlib
 import shutil
@@ -11,8 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama import (LORA_TARGETS, Llama, LlamaConfig, apply_lora, load_llama, load_lora, lora_layers, merge_lora, save_llama,
-                   save_lora)
+from llama import (
+    LORA_TARGETS,
+    Llama,
+    LlamaConfig,
+    apply_lora,
+    load_llama,
+    load_lora,
+    lora_layers,
+    merge_lora,
+    save_llama,
+    save_lora,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=20, vocab_size=50, head_dim=8)
@@ -86,7 +97,7 @@ def test_dropout_is_for_training_and_for_the_low_rank_path():
     assert not torch.equal(model(IDS), model(IDS))
     for _, m in lora_layers(model):
         torch.nn.init.zeros_(m.lora_b)
-    assert torch.equal(model(IDS), plain()(IDS))                                   # W x itself is never dropped
+    assert torch.equal(model(IDS), plain()(IDS))  # W x itself is never dropped
 
 
 @torch.no_grad()
@@ -120,19 +131,27 @@ def test_an_adapter_of_peft(published):
     out = load_file(GOLDEN / "llama_logits.safetensors")
     model = load_lora(load_llama(published), GOLDEN / "lora")
     assert difference(model(out["gqa.ids"]), out["lora.logits"]) <= 1e-5
-    assert difference(out["gqa.logits"], out["lora.logits"]) > 1e-2                # so the file does see the adapter
+    assert difference(out["gqa.logits"], out["lora.logits"]) > 1e-2  # so the file does see the adapter
     assert difference(merge_lora(model)(out["gqa.ids"]), out["lora.logits"]) <= 1e-5
 
 
 def test_what_is_saved_is_what_peft_writes(published, tmp_path):
     """Same names, shapes, values; and of the options those that PEFT needs to read it back."""
     save_lora(load_lora(load_llama(published), GOLDEN / "lora"), tmp_path / "out" / "lora")
-    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (GOLDEN / "lora", tmp_path / "out" / "lora"))
+    theirs, ours = (
+        load_file(folder / "adapter_model.safetensors") for folder in (GOLDEN / "lora", tmp_path / "out" / "lora")
+    )
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
-    theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in (GOLDEN / "lora", tmp_path / "out" / "lora"))
+    theirs, ours = (
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (GOLDEN / "lora", tmp_path / "out" / "lora")
+    )
     assert sorted(theirs.pop("target_modules")) == sorted(ours.pop("target_modules"))
     assert {k: theirs.get(k) for k in ours} == ours | {"task_type": None}
-    assert {f.name for f in (tmp_path / "out" / "lora").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {f.name for f in (tmp_path / "out" / "lora").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), LORA_TARGETS])
@@ -146,13 +165,27 @@ def test_saved_and_loaded(tmp_path, targets):
     assert (m.rank, m.alpha, m.p) == (3, 8, 0.25)
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert torch.equal(load_lora(plain(), tmp_path)(IDS), model(IDS))              # as PEFT wrote before 0.8
+    assert torch.equal(load_lora(plain(), tmp_path)(IDS), model(IDS))  # as PEFT wrote before 0.8
 
 
-@pytest.mark.parametrize("option, value", [
-    ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}),
-    ("modules_to_save", ["lm_head"]), ("lora_bias", True), ("bias", "all"), ("layers_to_transform", [0]), ("fan_in_fan_out", True),
-    ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("target_modules", "all-linear"), ("an_option_of_tomorrow", 1)])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("layers_to_transform", [0]),
+        ("fan_in_fan_out", True),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "LOHA"),
+        ("target_modules", "all-linear"),
+        ("an_option_of_tomorrow", 1),
+    ],
+)
 def test_what_changes_the_mathematics_is_refused_by_name(tmp_path, option, value):
     save_lora(with_lora(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -166,7 +199,9 @@ def test_adapters_that_do_not_fit(tmp_path):
     save_lora(with_lora(), tmp_path)
     torch.manual_seed(0)
     other = Llama(LlamaConfig(dim=16, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=20, vocab_size=50, head_dim=8))
-    with pytest.raises(ValueError, match=r"14 misshapen: .*up_proj.lora_A.weight \(3, 24\), expected \(3, 16\)") as error:
+    with pytest.raises(
+        ValueError, match=r"14 misshapen: .*up_proj.lora_A.weight \(3, 24\), expected \(3, 16\)"
+    ) as error:
         load_lora(other, tmp_path)
     assert one_line(error)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -179,11 +214,13 @@ def test_adapters_that_do_not_fit(tmp_path):
 
 
 def test_wrong_use_is_one_line(tmp_path):
-    for call, words in ((lambda: apply_lora(plain(), targets=("q", "head")), "expected some of q, k, v"),
-                        (lambda: apply_lora(plain(), targets=()), "expected some of"),
-                        (lambda: apply_lora(with_lora()), "has LoRA already"),
-                        (lambda: save_lora(plain(), tmp_path), "no LoRA to save"),
-                        (lambda: save_llama(with_lora(), tmp_path), "merge_lora before")):
+    for call, words in (
+        (lambda: apply_lora(plain(), targets=("q", "head")), "expected some of q, k, v"),
+        (lambda: apply_lora(plain(), targets=()), "expected some of"),
+        (lambda: apply_lora(with_lora()), "has LoRA already"),
+        (lambda: save_lora(plain(), tmp_path), "no LoRA to save"),
+        (lambda: save_llama(with_lora(), tmp_path), "merge_lora before"),
+    ):
         with pytest.raises(ValueError, match=words) as error:
             call()
         assert one_line(error)

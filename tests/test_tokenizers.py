@@ -1,9 +1,10 @@
 """Each tokenizer gives its owner's ids, never makes a special token of text, and knows every stop token.
 
     pytest tests/test_tokenizers.py
-tokenizer_*.json and the ids that Hugging Face's `tokenizers` gives come from tests/make_golden.py; SentencePiece models are
-trained here; Llama-3's format is written here from a few merges. The real files: tests/peers/test_tokenizer_peers.py.
+tokenizer_*.json and the ids that Hugging Face's `tokenizers` gives come from tests/make_golden.py; a SentencePiece
+model is trained here; Llama-3's format is written here from a few merges. The real files: tests/peers.
 """
+
 import base64
 import json
 import pathlib
@@ -18,7 +19,17 @@ from llama import ByteTokenizer, load_tokenizer
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 IDS = json.loads((GOLDEN / "tokenizer_ids.json").read_text(encoding="utf-8"))
 LONG = ["a" * 30_000, " " * 30_000, "\n" * 30_000, "ab " * 10_000, "é" * 30_000, "7" * 30_000]
-TYPED = ["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "<0x0A>"]
+TYPED = [
+    "<|begin_of_text|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+]
 
 
 def one_line(error):
@@ -31,9 +42,17 @@ def sentencepiece_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "corpus.txt").write_text("\n".join(t.replace("\n", " ") for t in IDS["texts"][-5:] * 4), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=1.0, minloglevel=2)
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
     return folder / "tokenizer.model"
 
 
@@ -41,7 +60,22 @@ def sentencepiece_file(tmp_path_factory):
 def llama3_file(tmp_path_factory):
     """The 256 bytes and some merges, one base64 token and its rank a line."""
     tokens = [bytes([b]) for b in range(256)]
-    tokens += [b"he", b"ll", b"hell", b"hello", b" w", b"or", b" wor", b"ld", b" world", b"12", b"123", b"  ", b"\n\n", b"'s"]
+    tokens += [
+        b"he",
+        b"ll",
+        b"hell",
+        b"hello",
+        b" w",
+        b"or",
+        b" wor",
+        b"ld",
+        b" world",
+        b"12",
+        b"123",
+        b"  ",
+        b"\n\n",
+        b"'s",
+    ]
     file = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
     file.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     return file
@@ -62,9 +96,12 @@ def test_round_trips(every, name):
     tokenizer = every[name]
     for text in IDS["texts"] + LONG + ["".join(map(chr, range(1, 0x250)))]:
         ids = tokenizer.encode(text)
-        if name == "digits":                # its vocabulary lacks bytes: what it lacks is dropped, the rest stays
-            known = {llama.BYTE_OF[ch] for ch in json.loads((GOLDEN / "tokenizer_digits.json").read_text())["model"]["vocab"]
-                     if ch in llama.BYTE_OF}
+        if name == "digits":  # its vocabulary lacks bytes: what it lacks is dropped, the rest stays
+            known = {
+                llama.BYTE_OF[ch]
+                for ch in json.loads((GOLDEN / "tokenizer_digits.json").read_text())["model"]["vocab"]
+                if ch in llama.BYTE_OF
+            }
             assert tokenizer.decode(ids) == bytes(b for b in text.encode() if b in known).decode(errors="replace")
         else:
             assert tokenizer.decode(ids) == text, text[:50]
@@ -83,7 +120,7 @@ def test_typed_specials_stay_text(every, name):
 
 @pytest.mark.parametrize("name", ["digits", "split"])
 def test_byte_level_bpe_equals_hugging_face(every, name):
-    """Also where ids do not follow the order of the merges, and where a token can be reached by no merge (both in "split")."""
+    """Also where ids do not follow the order of the merges, and where no merge leads to a token (both in "split")."""
     tokenizer = every[name]
     for text, ids, decoded in zip(IDS["texts"], IDS[name], IDS[f"{name}.decoded"], strict=True):
         assert tokenizer.encode(text) == ids, text[:50]
@@ -92,12 +129,17 @@ def test_byte_level_bpe_equals_hugging_face(every, name):
 
 def test_the_golden_tokenizers_are_hard():
     """Each trap is there: ids in another order than merges, whole pieces without merges, bytes that are missing."""
-    split, digits = (json.loads((GOLDEN / f"tokenizer_{name}.json").read_text(encoding="utf-8")) for name in ("split", "digits"))
+    split, digits = (
+        json.loads((GOLDEN / f"tokenizer_{name}.json").read_text(encoding="utf-8")) for name in ("split", "digits")
+    )
     order = [split["model"]["vocab"]["".join(m)] for m in split["model"]["merges"]]
     assert order != sorted(order)
     reached = {"".join(m) for m in split["model"]["merges"]}
-    assert "ĠHello" not in reached and split["model"]["vocab"]["ĠHello"] in load_tokenizer(GOLDEN / "tokenizer_split.json").encode(
-        "oh, Hello") and split["model"]["ignore_merges"]
+    assert (
+        "ĠHello" not in reached
+        and split["model"]["vocab"]["ĠHello"] in load_tokenizer(GOLDEN / "tokenizer_split.json").encode("oh, Hello")
+        and split["model"]["ignore_merges"]
+    )
     assert sum(ch in digits["model"]["vocab"] for ch in llama.BYTE_OF) < 150
 
 
@@ -110,15 +152,44 @@ def test_whole_pieces_win_only_where_the_file_says_so(tmp_path):
     assert whole not in load_tokenizer(tmp_path).encode("oh, Hello")
 
 
-@pytest.mark.parametrize("pre_tokenizer, word", [
-    ({"type": "Metaspace", "replacement": "▁"}, "Metaspace"), (None, "{}"),
-    ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "ByteLevel"),
-    ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False},
-                                            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}, "Digits"),
-    ({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False},
-                                            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "Split"),
-    ({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "invert": False},
-                                            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "Removed")])
+@pytest.mark.parametrize(
+    "pre_tokenizer, word",
+    [
+        ({"type": "Metaspace", "replacement": "▁"}, "Metaspace"),
+        (None, "{}"),
+        ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "ByteLevel"),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+                ],
+            },
+            "Digits",
+        ),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            },
+            "Split",
+        ),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            },
+            "Removed",
+        ),
+    ],
+)
 def test_an_unknown_pre_tokenizer_is_refused_by_name(tmp_path, pre_tokenizer, word):
     t = json.loads((GOLDEN / "tokenizer_split.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(t | {"pre_tokenizer": pre_tokenizer}), encoding="utf-8")
@@ -137,11 +208,19 @@ def test_a_normalizer_is_refused_by_name(tmp_path):
 def test_the_llama3_format_by_hand(llama3_file):
     t = load_tokenizer(llama3_file.parent)
     assert t.encode("hello world") == [259, 264]
-    assert t.encode("hello's 12345") == [259, 269, 32, 266, 52, 53]                 # at most three digits, then merged
+    assert t.encode("hello's 12345") == [259, 269, 32, 266, 52, 53]  # at most three digits, then merged
     assert t.encode("a\n\n\nb") == [97, 268, 10, 98]
     assert t.encode("") == []
-    specials = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eom_id|>": 8,
-                "<|eot_id|>": 9, "<|python_tag|>": 10, "<|reserved_special_token_245|>": 255}
+    specials = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+        "<|reserved_special_token_245|>": 255,
+    }
     assert {name: t.special[name] - 270 for name in specials} == specials and len(t.special) == 256
     # With Llama-3's 128,000 tokens that is 128001, 128008 and 128009.
     assert t.bos_id == 270 and t.stop_ids == {271, 278, 279} and not t.adds_space
@@ -159,7 +238,10 @@ def test_long_runs_are_cut_where_meta_cuts_them():
 
 
 def test_sentencepiece_is_the_librarys_own(sentencepiece_file):
-    theirs, ours = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file)), load_tokenizer(sentencepiece_file)
+    theirs, ours = (
+        sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file)),
+        load_tokenizer(sentencepiece_file),
+    )
     for text in IDS["texts"] + LONG:
         assert ours.encode(text) == theirs.encode(text)
     assert ours.special == {"<s>": 1, "</s>": 2} and (ours.bos_id, ours.stop_ids, ours.adds_space) == (1, {2}, True)
@@ -169,8 +251,8 @@ def test_sentencepiece_is_the_librarys_own(sentencepiece_file):
 def test_bytes():
     t = load_tokenizer_with(ByteTokenizer, "héllo")
     assert t.encode("hé\n") == [104, 195, 169, 10]
-    assert t.decode([104, 300, 261, 105, 195]) == "hi\ufffd"                        # specials left out, half a character marked
-    assert t.encode("\ud83d") == [63]                                              # half an emoji, as broken JSON holds it
+    assert t.decode([104, 300, 261, 105, 195]) == "hi\ufffd"  # specials left out, half a character marked
+    assert t.encode("\ud83d") == [63]  # half an emoji, as broken JSON holds it
     assert min(t.special.values()) == 256 and max(t.special.values()) < 264 and t.stop_ids == {257, 260, 262}
 
 
@@ -182,6 +264,7 @@ def load_tokenizer_with(kind, text):
 
 # ---- directories ----
 
+
 def hugging_face_folder(folder, **files):
     folder.mkdir(exist_ok=True)
     shutil.copy(GOLDEN / "tokenizer_digits.json", folder / "tokenizer.json")
@@ -190,11 +273,15 @@ def hugging_face_folder(folder, **files):
     return load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("eos, bos", [("<|im_end|>", "<|im_start|>"), ({"content": "<|im_end|>"}, {"content": "<|im_start|>"})])
+@pytest.mark.parametrize(
+    "eos, bos", [("<|im_end|>", "<|im_start|>"), ({"content": "<|im_end|>"}, {"content": "<|im_start|>"})]
+)
 def test_bos_and_stop_ids_of_a_directory(tmp_path, eos, bos):
     t = hugging_face_folder(tmp_path, tokenizer_config={"eos_token": eos, "bos_token": bos})
     assert (t.special["<|im_start|>"], t.bos_id, t.stop_ids) == (1, 1, {2})
-    t = hugging_face_folder(tmp_path, tokenizer_config={"eos_token": "<|endoftext|>"}, generation_config={"eos_token_id": [0, 7, 9]})
+    t = hugging_face_folder(
+        tmp_path, tokenizer_config={"eos_token": "<|endoftext|>"}, generation_config={"eos_token_id": [0, 7, 9]}
+    )
     assert (t.bos_id, t.stop_ids) == (None, {0, 2, 7, 9})
     t = hugging_face_folder(tmp_path, tokenizer_config={}, generation_config={"eos_token_id": 5})
     assert (t.bos_id, t.stop_ids) == (None, {2, 5})
@@ -218,7 +305,7 @@ def test_which_file_of_a_directory(tmp_path, sentencepiece_file, llama3_file):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByteTokenizer"}')
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    (tmp_path / "tokenizer.json").write_text("{}")                                 # Vicuna's says nothing that is needed
+    (tmp_path / "tokenizer.json").write_text("{}")  # Vicuna's says nothing that is needed
     for file, kind in ((sentencepiece_file, llama.SentencePieceTokenizer), (llama3_file, llama.Llama3Tokenizer)):
         shutil.copy(file, tmp_path / "tokenizer.model")
         assert isinstance(load_tokenizer(tmp_path), kind)

@@ -3,6 +3,7 @@
     python -m pytest tests/peers/test_llama_peers.py     (in the environment of tests/requirements-peers.txt)
 Each comparison prints its largest difference over the largest value (pytest -s).
 """
+
 import json
 import sys
 import types
@@ -12,25 +13,59 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from llama import (HUGGING_FACE, apply_lora, generate, load_llama, load_lora, lora_layers, merge_lora,  # noqa: E402
-                   rope_frequencies, save_llama, save_lora, their_name)
+from llama import (
+    HUGGING_FACE,
+    apply_lora,
+    generate,
+    load_llama,
+    load_lora,
+    lora_layers,
+    merge_lora,  # noqa: E402
+    rope_frequencies,
+    save_llama,
+    save_lora,
+    their_name,
+)
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-SCALED = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=8192)
+SCALED = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
 SIZES = {
     "grouped-query": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=48),
     "one head each": dict(num_attention_heads=6, num_key_value_heads=6, hidden_size=48),
     "odd widths": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=14, hidden_size=35),
     "tied": dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, tie_word_embeddings=True),
-    "Llama-3.1": dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, rope_parameters=SCALED,
-                      max_position_embeddings=131072),
-    "Llama-3.2": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, hidden_size=64, tie_word_embeddings=True,
-                      rope_parameters=SCALED | {"factor": 32.0}, max_position_embeddings=131072),
-    "another base": dict(num_attention_heads=4, num_key_value_heads=4, hidden_size=64, rms_norm_eps=1e-6,
-                         rope_parameters=dict(rope_type="default", rope_theta=100000.0)),
+    "Llama-3.1": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size=64,
+        rope_parameters=SCALED,
+        max_position_embeddings=131072,
+    ),
+    "Llama-3.2": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        hidden_size=64,
+        tie_word_embeddings=True,
+        rope_parameters=SCALED | {"factor": 32.0},
+        max_position_embeddings=131072,
+    ),
+    "another base": dict(
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        hidden_size=64,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=100000.0),
+    ),
 }
 
 
@@ -45,7 +80,7 @@ def peer(name):
     options = dict(vocab_size=90, intermediate_size=52, num_hidden_layers=3, rms_norm_eps=1e-5) | SIZES[name]
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval()
     with torch.no_grad():
-        for key, p in model.named_parameters():
+        for p in model.parameters():
             p.normal_(std=p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3).add_(p.ndim == 1)
     return model
 
@@ -101,24 +136,38 @@ def test_greedy_tokens(tmp_path, name):
 def test_transformers_reads_what_we_save(tmp_path, name, dtype):
     peer(name).save_pretrained(tmp_path / "theirs")
     save_llama(load_llama(tmp_path / "theirs", dtype=dtype), tmp_path / "ours")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype="auto", output_loading_info=True
+    )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")) and model.dtype == dtype
     config = transformers.AutoConfig.from_pretrained(tmp_path / "theirs")
-    for key in ("hidden_size", "head_dim", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-                "num_key_value_heads", "vocab_size", "intermediate_size"):
+    for key in (
+        "hidden_size",
+        "head_dim",
+        "rope_parameters",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "num_key_value_heads",
+        "vocab_size",
+        "intermediate_size",
+    ):
         assert getattr(model.config, key) == getattr(config, key), key
     equal(model.float()(IDS).logits, load_llama(tmp_path / "ours")(IDS), f"{name}, saved")
 
 
 # ---- Meta's own code ----
 
+
 @pytest.fixture
 def meta_model(monkeypatch):
-    """llama_models' Transformer on one process; fairscale's layers, which split a matrix over GPUs, are plain ones then."""
+    """llama_models' Transformer in one process: fairscale's layers, which split a matrix over GPUs, are plain there."""
     pytest.importorskip("llama_models")
     parallel = "fairscale.nn.model_parallel"
-    modules = {name: types.ModuleType(name) for name in ("fairscale", "fairscale.nn", parallel, f"{parallel}.initialize",
-                                                         f"{parallel}.layers")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("fairscale", "fairscale.nn", parallel, f"{parallel}.initialize", f"{parallel}.layers")
+    }
 
     class Linear(torch.nn.Linear):
         def __init__(self, n, m, bias, **options):
@@ -146,6 +195,7 @@ def meta_model(monkeypatch):
             for p in built.parameters():
                 p.normal_(std=p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3).add_(p.ndim == 1)
         return built
+
     return make
 
 
@@ -154,14 +204,27 @@ def meta_model(monkeypatch):
 @pytest.mark.parametrize("n_kv_heads", [2, 8])
 @torch.no_grad()
 def test_metas_files_on_metas_model(tmp_path, meta_model, shards, embedding_dim, n_kv_heads):
-    params = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=90, multiple_of=12, norm_eps=1e-5,
-                  rope_theta=500000.0)
+    params = dict(
+        dim=64,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=n_kv_heads,
+        vocab_size=90,
+        multiple_of=12,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+    )
     model = meta_model(**params)
     split = dict(tok_embeddings=embedding_dim, output=0, wq=0, wk=0, wv=0, wo=1, w1=0, w2=1, w3=0)
     for j in range(shards):
         dims = {k: split.get(k.split(".")[-2]) for k in model.state_dict()}
-        torch.save({k: p.bfloat16() if dims[k] is None else p.chunk(shards, dims[k])[j].bfloat16()
-                    for k, p in model.state_dict().items()}, tmp_path / f"consolidated.{j:02}.pth")
+        torch.save(
+            {
+                k: p.bfloat16() if dims[k] is None else p.chunk(shards, dims[k])[j].bfloat16()
+                for k, p in model.state_dict().items()
+            },
+            tmp_path / f"consolidated.{j:02}.pth",
+        )
     (tmp_path / "params.json").write_text(json.dumps(params))
     model.load_state_dict({k: p.bfloat16().float() for k, p in model.state_dict().items()})
     equal(load_llama(tmp_path)(IDS), model(IDS, 0), f"Meta's model, {shards} shards, {n_kv_heads} kv heads")
@@ -170,24 +233,44 @@ def test_metas_files_on_metas_model(tmp_path, meta_model, shards, embedding_dim,
 @torch.no_grad()
 def test_metas_scaled_rope(tmp_path, meta_model):
     """At the width of Llama-3.1, where use_scaled_rope means Meta's own factor 8."""
-    params = dict(dim=4096, n_layers=1, n_heads=128, n_kv_heads=1, vocab_size=8, multiple_of=8, ffn_dim_multiplier=0.001,
-                  norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True)
+    params = dict(
+        dim=4096,
+        n_layers=1,
+        n_heads=128,
+        n_kv_heads=1,
+        vocab_size=8,
+        multiple_of=8,
+        ffn_dim_multiplier=0.001,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        use_scaled_rope=True,
+    )
     model = meta_model(**params)
     torch.save(model.state_dict(), tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(params))
     ours, ids = load_llama(tmp_path), IDS[:1, :20] % 8
     equal(ours(ids), model(ids, 0), "Meta's scaled rope")
     angles = torch.outer(torch.arange(8).float(), rope_frequencies(ours.config))
-    equal(torch.stack((angles.cos(), angles.sin()), -1), torch.view_as_real(model.freqs_cis[:8]), "Meta's frequencies", 1e-6)
+    equal(
+        torch.stack((angles.cos(), angles.sin()), -1),
+        torch.view_as_real(model.freqs_cis[:8]),
+        "Meta's frequencies",
+        1e-6,
+    )
 
 
 # ---- peft ----
 
-TARGETS = {"all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "two": ["q_proj", "v_proj"]}
+TARGETS = {
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "two": ["q_proj", "v_proj"],
+}
 
 
 def peft_model(targets, **options):
-    model = peft.get_peft_model(peer("grouped-query"), peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS[targets], **options))
+    model = peft.get_peft_model(
+        peer("grouped-query"), peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS[targets], **options)
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -209,7 +292,9 @@ def test_pefts_adapter_in_our_model(tmp_path, targets):
     for name, m in lora_layers(ours):
         path = their_name(f"{name}.weight", HUGGING_FACE).removesuffix(".weight")
         for part, p in (("A", m.lora_a), ("B", m.lora_b)):
-            equal(p.grad, gradients[f"base_model.model.{path}.lora_{part}.default.weight"], f"gradient of {name} {part}")
+            equal(
+                p.grad, gradients[f"base_model.model.{path}.lora_{part}.default.weight"], f"gradient of {name} {part}"
+            )
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -230,9 +315,19 @@ def test_our_adapter_in_peft_and_the_merged_model_in_transformers(tmp_path, targ
     equal(merged(IDS).logits, expected, "merged, against peft's unmerged")
 
 
-@pytest.mark.parametrize("option, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 2}),
-                                           ("alpha_pattern", {"q_proj": 2}), ("layers_to_transform", [1]), ("bias", "all"),
-                                           ("modules_to_save", ["lm_head"]), ("init_lora_weights", "olora")])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("layers_to_transform", [1]),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "olora"),
+    ],
+)
 def test_options_as_peft_writes_them_are_refused(tmp_path, option, value):
     peer("grouped-query").save_pretrained(tmp_path / "base")
     peft_model("two", **{option: value}).save_pretrained(tmp_path / "lora")
