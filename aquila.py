@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
-from data import IGNORE, IMAGE_SLOT
+from data import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 from llama import (LLAMAS, LORA_TARGETS, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_lora, fill, generate,
                    load_llama, open_safetensors, read_json)
+from mask_extractor import MaskExtractor
 from sfi import SFI, Concat, ConcatTokens, ImageTokens, Pyramid
 
 HERE = pathlib.Path(__file__).parent
@@ -49,7 +50,11 @@ class AquilaConfig:
     mda_layers: tuple = tuple(range(0, 32, 4))      # SFI before these LM layers; () is no MDA. ASSUMPTION: every fourth
     chat: str = "llama-3"
     max_len: int = 4096                     # tokens of a prompt and its answer, image tokens included
+    region_dim: int = 0                     # width of Aquila-plus's mask extractor; 0: no regions, Aquila
+    region_side: int = 224                  # side of the mask that the spatial token reads
+    pooling: str = "area"                   # of features under a mask, or "binary", the published way
     lora: LoRAConfig | None = None
+    full_llm: bool = False                  # the LM's own weights were trained, too, and are in the checkpoint
     vision_file: str | None = None          # where the frozen parts lie
     llm_dir: str | None = None
 
@@ -63,6 +68,10 @@ class AquilaConfig:
             raise ValueError(f"mda_layers {wrong}: the LM has layers 0 to {self.llm.n_layers - 1}")
 
     @property
+    def family(self):
+        return "aquila-plus" if self.region_dim else "aquila"
+
+    @property
     def side(self):                         # L
         return self.image_size // 32
 
@@ -73,12 +82,26 @@ class AquilaConfig:
 
 PRESETS = {
     "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
+    # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI, without MDA.
+    "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(), chat="vicuna",
+                                   region_dim=1024),
     "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 2), max_len=1024,
                          vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
+    "tiny-plus": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(), chat="vicuna",
+                              max_len=1024, region_dim=128, region_side=32,
+                              vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
 }
 
-# Which parts a stage trains (Sec. 3.5); all else is frozen, the vision encoder and the LM's own weights always.
-TRAINS = {1: ("pyramid", "tokens", "mda"), 2: ("pyramid", "tokens", "mda", "lora")}
+# Which parts a stage trains; all else is frozen, the vision encoder always. Aquila: Sec. 3.5. Aquila-plus: its summary
+# says three stages and lists the first and the last; the one between is Osprey's. In stage 3 the LM learns by LoRA, or
+# with its own weights (full_llm).
+TRAINS = {
+    "aquila": {1: ("pyramid", "tokens", "mda"),                                    # align
+               2: ("pyramid", "tokens", "mda", "lora")},                           # instruct
+    "aquila-plus": {1: ("pyramid", "tokens", "mda"),                               # image and text
+                    2: ("extractor",),                                             # mask and text
+                    3: ("pyramid", "tokens", "mda", "extractor", "lora", "llm")},  # end to end
+}
 
 
 class MDALayer(nn.Module):
@@ -118,13 +141,17 @@ class Aquila(nn.Module):
             apply_lora(self.llm, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
 
     def trained(self):
-        """{name: parameter} of what is not part of the two published models: what a checkpoint holds."""
-        return {name: p for name, p in self.named_parameters() if part_of(name) not in ("vision", "llm")}
+        """{name: parameter} of what was trained here, not read from the published files: what a checkpoint holds."""
+        published = ("vision",) if self.config.full_llm else ("vision", "llm")
+        return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
-    def look(self, images):
-        """images (n, 3, H, W) -> pyramid of windows, list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
-        with torch.no_grad():               # the vision encoder is frozen in every stage
-            maps = self.vision(images.to(next(self.vision.parameters()).dtype))
+    def see(self, images):
+        """images (n, 3, H, W) -> the four feature maps. The vision encoder is frozen in every stage."""
+        with torch.no_grad():
+            return self.vision(images.to(next(self.vision.parameters()).dtype))
+
+    def look(self, maps):
+        """feature maps -> pyramid of windows, list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
         pyramid, grid = self.pyramid(maps)
         return pyramid, self.tokens(pyramid, grid)
 
@@ -136,11 +163,13 @@ class Aquila(nn.Module):
             if slots.any():
                 raise ValueError(f"{int(slots.sum())} image slots in the prompts, but no image")
             return x, None
-        pyramid, tokens = self.look(images)
+        maps = self.see(images)
+        pyramid, tokens = self.look(maps)
         n, N, D = tokens.shape
         if slots.sum() != n * N:
             raise ValueError(f"{int(slots.sum())} image slots in the prompts, {n} images of {N} tokens: cut prompt?")
         x = x.masked_scatter(slots[..., None], tokens.to(x.dtype))                 # fill the slots, in order
+        x = self.fill_regions(x, batch, maps)
 
         def between(i, x):
             if str(i) not in self.mda:
@@ -150,6 +179,10 @@ class Aquila(nn.Module):
             return x.masked_scatter(slots[..., None], hidden)                      # text positions stay as they are
 
         return x, between if self.mda else None
+
+    def fill_regions(self, x, batch, maps):
+        """Aquila has no region slots; AquilaPlus fills them."""
+        return x
 
     def forward(self, batch):
         """
@@ -163,8 +196,8 @@ class Aquila(nn.Module):
         at = F.pad(target != IGNORE, (0, 1))                                       # the last position predicts nothing
         logits = self.llm(x, between=between, at=at)
         loss = F.cross_entropy(logits.float(), target[target != IGNORE], reduction="sum")
-        if self.training and batch["images"] is None:
-            # DDP waits for a gradient of every trainable parameter; a batch of text alone would leave some without.
+        if self.training and (batch["images"] is None or batch.get("masks") is None):
+            # DDP waits for a gradient of every trainable parameter; without image or region some would have none.
             loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
         return loss, logits, len(logits)
 
@@ -181,15 +214,44 @@ class Aquila(nn.Module):
         return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in zip(*steps)] or [""] * len(batch["ids"])
 
 
+class AquilaPlus(Aquila):
+    """Aquila that reads regions (arXiv 2411.06142): a mask extractor fills the two slots of each `<region>`."""
+
+    def __init__(self, config, vision=None, llm=None):
+        super().__init__(config, vision, llm)
+        self.extractor = MaskExtractor(config.vision.dims, config.llm.dim, config.region_dim, config.region_side,
+                                       config.pooling)
+
+    def fill_regions(self, x, batch, maps):
+        """x (B, T, D): tokens[image, mask] of every mention go to its slots, in order."""
+        ids, masks = batch["ids"], batch.get("masks")
+        named = 0 if masks is None else len(batch["regions"])
+        for slot in (MASK_SLOT, POSITION_SLOT):
+            if (ids == slot).sum() != named:
+                raise ValueError(f"{int((ids == slot).sum())} region slots in the prompts, {named} regions: cut prompt?")
+        if not named:
+            return x
+        at = batch["regions"].unbind(1)
+        for slot, tokens in zip((MASK_SLOT, POSITION_SLOT), self.extractor(maps, masks)):
+            x = x.masked_scatter((ids == slot)[..., None], tokens[at].to(x.dtype))
+        return x
+
+
+def assemble(config, vision=None, llm=None):
+    """The model of a config: Aquila, or AquilaPlus if it has regions."""
+    return (AquilaPlus if config.region_dim else Aquila)(config, vision, llm)
+
+
 def part_of(name):
-    """The part of the model that a parameter belongs to: vision, llm, pyramid, tokens, mda or lora."""
+    """The part of the model that a parameter belongs to: vision, llm, pyramid, tokens, mda, extractor or lora."""
     return "lora" if ".lora_" in name else name.split(".")[0]
 
 
 def set_stage(model, stage):
     """Freeze everything but what the stage trains; return those parameters by name."""
+    parts = set(TRAINS[model.config.family][stage]) - (set() if model.config.full_llm else {"llm"})
     for name, p in model.named_parameters():
-        p.requires_grad_(part_of(name) in TRAINS[stage])
+        p.requires_grad_(part_of(name) in parts)
     model.vision.eval()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -220,9 +282,10 @@ def build(config, dtype=torch.float32, device="cpu"):
     Frozen parts are kept in dtype, the others in float32 (bfloat16 swallows small updates).
     """
     vision = load_convnext(find(config.vision_file, "vision encoder"), dtype=dtype, device=device)
-    llm = load_llama(find(config.llm_dir, "language model"), dtype=dtype, device=device)
+    llm_dtype = torch.float32 if config.full_llm else dtype
+    llm = load_llama(find(config.llm_dir, "language model"), dtype=llm_dtype, device=device)
     config = dataclasses.replace(config, vision=vision.config, llm=llm.config)
-    return Aquila(config, vision, llm).to(device)
+    return assemble(config, vision, llm).to(device)
 
 
 def save_file_atomically(tensors, path):
@@ -244,11 +307,12 @@ def save_model(model, folder):
 def load_trained(model, folder, only_known=False):
     """
     Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
-    (LoRA, when stage 2 starts from stage 1) keeps its start.
+    (LoRA or the LM, when the stage before did not train it) keeps its start.
     """
     file = pathlib.Path(folder, "model.safetensors")
     with open_safetensors(file) as f:
-        wanted = {k: p for k, p in model.trained().items() if not only_known or part_of(k) != "lora" or k in f.keys()}
+        new = ("lora", "llm") if only_known else ()
+        wanted = {k: p for k, p in model.trained().items() if k in f.keys() or part_of(k) not in new}
         fill(wanted, ((k, lambda k=k: f.get_tensor(k)) for k in f.keys()), str(file))
 
 
@@ -270,10 +334,10 @@ def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu")
 def describe(config):
     """Shapes, by running the model without memory, and parameters, as text."""
     with torch.device("meta"):
-        model = Aquila(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
+        model = assemble(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
         images = torch.empty(1, 3, config.image_size, config.image_size)
-        maps = model.vision(images)
-        pyramid, tokens = model.look(images)
+        maps = model.see(images)
+        pyramid, tokens = model.look(maps)
     lines = [f"image                {tuple(images.shape)}"]
     lines += [f"map {s}, stride {4 * 2 ** s:<2}     {tuple(m.shape)}" for s, m in enumerate(maps)]
     lines += [f"windows of scale {s}   {tuple(p.shape)}" for s, p in enumerate(pyramid)]
@@ -282,7 +346,9 @@ def describe(config):
     counts = {}
     for name, p in model.named_parameters():
         counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
-    lines += [f"{part:8} {n:15,} parameters" + "".join(f", stage {s} trains it" for s in TRAINS if part in TRAINS[s])
+    lines += [f"region tokens        2 of {config.llm.dim} a <region>"] * bool(config.region_dim)
+    stages = {s: set(parts) - (set() if config.full_llm else {"llm"}) for s, parts in TRAINS[config.family].items()}
+    lines += [f"{part:9} {n:14,} parameters" + "".join(f", stage {s} trains it" for s in stages if part in stages[s])
               for part, n in counts.items()]
     return "\n".join(lines)
 

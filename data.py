@@ -5,12 +5,14 @@ A record is LLaVA's (one a line in a .jsonl file, or a .json list):
     {"id": "7", "image": "scene_7.png",
      "conversations": [{"from": "human", "value": "<image>\nHow many ships are there?"},
                        {"from": "gpt", "value": "2"}]}
-`image` may be a list (one `<image>` each) or be absent (text only). For scoring a record may have `references` (a list
-of reference answers) and `type`. "scene:..." names a built-in scene instead of a file (scenes.py).
+`image` may be a list (one `<image>` each) or be absent (text only). `masks` lists regions of the image (masks.py says in
+which forms); the k-th `<region>` of the human turns is the k-th mask, and `<region2>` the second, as often as it is named.
+For scoring a record may have `references` (a list of reference answers) and `type`. "scene:..." names a built-in scene
+instead of a file (scenes.py).
 
 - ids and labels grow together in one pass; only the answers and their end token are learned.
-- `<image>` in a human turn becomes N slots: ids below zero, which no tokenizer makes and no model can emit. Specials
-  typed in a text (`<|eot_id|>`) stay plain text.
+- `<image>` in a human turn becomes N slots, `<region>` two (mask and position): ids below zero, which no tokenizer makes
+  and no model can emit. Specials typed in a text (`<|eot_id|>`, `<mask>`) stay plain text.
 - Training and asking go through the same functions, so a prompt is always a prefix of the training ids.
 
     python data.py check FILE --images DIR      # every problem of every record; exit code 1 if there is one
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -30,11 +33,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 import scenes
+from masks import decode_mask
 
 IGNORE = -100                               # label of a token that is not learned (PyTorch's ignore_index)
-IMAGE_SLOT = -1                             # id of a position that an image token fills
+IMAGE_SLOT, MASK_SLOT, POSITION_SLOT = -1, -2, -3           # ids of positions that an image or a region fills
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHORT = "Answer the question using a single word or phrase."                       # the paper's words, Sec. 4.1.1
+SLOTS = {IMAGE_SLOT: "<image>", MASK_SLOT: "<mask>", POSITION_SLOT: "<position>"}
 GRAY = 128                                  # the picture that a blind model is shown
 
 
@@ -94,8 +99,9 @@ def check_form(record):
         raise ValueError(f"turn {empty[0]} is an empty answer")
     if not all(isinstance(name, str) and name for name in image_names(record)):
         raise ValueError(f"image {record['image']!r}: expected a path or a list of paths")
-    if record.get("masks"):
-        raise ValueError("the record has masks; this model reads whole images only")
+    masks = record.get("masks") or []
+    if not isinstance(masks, list) or masks and len(image_names(record)) != 1:
+        raise ValueError(f"masks {str(masks)[:60]}: expected a list of masks, of the record's one image")
 
 
 def image_names(record):
@@ -137,18 +143,24 @@ def open_image(path):
         raise ValueError(f"image {path}: cannot be read, {e}") from None
 
 
-def fit_image(image, size, fit):
+def fit_image(image, size, fit, resample=Image.Resampling.BICUBIC, frame=tuple(round(255 * c) for c in CLIP_MEAN)):
     """
     Bring a PIL image to size x size: "resize" stretches it (the paper's way), "letterbox" keeps its shape and puts it
-    in the middle of a frame of CLIP's mean color.
+    in the middle of a frame, for a picture of CLIP's mean color.
     """
     if image.size == (size, size):
         return image
     if fit == "resize":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), resample)
     if fit != "letterbox":
         raise ValueError(f"fit {fit!r}: expected resize or letterbox")
-    return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=tuple(round(255 * c) for c in CLIP_MEAN))
+    return ImageOps.pad(image, (size, size), resample, color=frame)
+
+
+def fit_mask(mask, size, fit):
+    """(h, w) bool -> (size, size) float32 in [0, 1], the covered share of each pixel, by the image's own geometry."""
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    return torch.from_numpy(np.array(fit_image(picture, size, fit, Image.Resampling.BOX, 0))).float() / 255
 
 
 def to_tensor(image):
@@ -157,12 +169,26 @@ def to_tensor(image):
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
-def prepare_images(record, root, config, blind=False):
-    """The images of a record -> (n, 3, size, size) float32; blind: as many gray ones."""
-    size = config.image_size
-    load = lambda name: Image.new("RGB", (size, size), (GRAY,) * 3) if blind else load_image(name, root)
-    found = [to_tensor(fit_image(load(name), size, config.fit)) for name in image_names(record)]
-    return torch.stack(found) if found else torch.zeros(0, 3, size, size)
+def load_masks(record, root, size):
+    """The masks of a record as (R, h, w) bool; size is the image's own (width, height)."""
+    found = [decode_mask(value, size, root) for value in record.get("masks") or []]
+    return np.stack(found) if found else np.zeros((0, size[1], size[0]), bool)
+
+
+def prepare(record, root, config, blind=False):
+    """
+    A record's images (n, 3, size, size) and masks (R, size, size), float32; blind: gray images, the masks as they are.
+    """
+    size, images, masks = config.image_size, [], torch.zeros(0, config.image_size, config.image_size)
+    for name in image_names(record):
+        image = Image.new("RGB", (size, size), (GRAY,) * 3)
+        if not blind or record.get("masks"):
+            shown = load_image(name, root)
+            if record.get("masks"):
+                masks = torch.stack([fit_mask(m, size, config.fit) for m in load_masks(record, root, shown.size)])
+            image = image if blind else shown
+        images.append(to_tensor(fit_image(image, size, config.fit)))
+    return torch.stack(images) if images else torch.zeros(0, 3, size, size), masks
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -214,10 +240,21 @@ CHATS = {"llama-3": llama3_chat, "vicuna": vicuna_chat, "chatml": chatml_chat}
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
-def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0):
+def mentions(turns, masks):
+    """The mask (0 is the first) that each `<region>` of the user's turns means, in order; each must have its mask."""
+    numbers = [n for role, text in turns if role == "user" for n in re.findall(r"<region(\d*)>", text)]
+    found = [int(n) - 1 for n in numbers] if all(numbers) else list(range(len(numbers)))
+    if (any(numbers) and not all(numbers)) or sorted(set(found)) != list(range(masks)):
+        raise ValueError(f"{masks} mask(s) but the human turns name {['<region' + n + '>' for n in numbers][:8]}; expected "
+                         "one <region> a mask, or <region1>, <region2>, ... with each number once or more")
+    return found
+
+
+def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0, masks=0):
     """
     in:  turns, a list of (role, text), role system, user or assistant; text None in the last one asks for an answer.
-         images of the conversation (0 makes `<image>` plain text) and the slots that each takes.
+         images of the conversation (0 makes `<image>` plain text) and the slots that each takes; masks of the
+         conversation (0 makes `<region>` plain text).
     out: ids and labels, two lists of equal length.
     """
     if chat not in CHATS:
@@ -225,6 +262,9 @@ def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0):
     found = sum(text.count("<image>") for role, text in turns if role == "user")
     if images and found != images:
         raise ValueError(f"{images} image(s) but {found} <image> in the human turns; the numbers must be equal")
+    if masks:
+        mentions(turns, masks)
+    slots = "|".join(["<image>"] * bool(images) + [r"<region\d*>"] * bool(masks))
     ids, labels = [], []
 
     def add(tokens, learn):
@@ -237,11 +277,11 @@ def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0):
         if kind == "special":
             add([tokenizer.special[value]], learn)
             continue
-        pieces = value.split("<image>") if kind == "said" and images else [value]
-        for i, piece in enumerate(pieces):
-            if i:
-                add([IMAGE_SLOT] * image_tokens, False)
-            if piece:
+        pieces = re.split(f"({slots})", value) if kind == "said" and slots else [value]
+        for i, piece in enumerate(pieces):                                         # every second one is a slot
+            if i % 2:
+                add([IMAGE_SLOT] * image_tokens if piece == "<image>" else [MASK_SLOT, POSITION_SLOT], False)
+            elif piece:
                 add(tokenizer.encode(space + piece if i == 0 else piece), learn)
     return ids, labels
 
@@ -253,22 +293,27 @@ def turns_of(record, answer=True):
 
 
 def encode_record(record, tokenizer, chat, image_tokens=0, max_len=None, answer=True):
-    """A record -> {"id", "ids", "labels"}; answer False gives the prompt alone. ValueError names the record."""
+    """
+    A record -> {"id", "ids", "labels", "mentions": the mask each region slot means}; answer False gives the prompt
+    alone. ValueError names the record.
+    """
+    masks = len(record.get("masks") or [])
     try:
-        ids, labels = encode_turns(turns_of(record, answer), tokenizer, chat, len(image_names(record)), image_tokens)
+        turns = turns_of(record, answer)
+        ids, labels = encode_turns(turns, tokenizer, chat, len(image_names(record)), image_tokens, masks)
         if max_len and len(ids) > max_len:
             raise ValueError(f"{len(ids)} tokens, at most {max_len} fit (max_len); shorten it, nothing is cut")
     except ValueError as e:
         raise ValueError(f"record {record['id']}: {e}") from None
-    return {"id": record["id"], "ids": ids, "labels": labels}
+    return {"id": record["id"], "ids": ids, "labels": labels, "mentions": mentions(turns, masks) if masks else []}
 
 
 # ---------------------------------------------------------------------------------------------- batches
 
 class Records(Dataset):
     """
-    Records as training samples. config gives image_size, fit, chat, image_tokens and max_len. A sample that cannot be
-    read is returned as its error, so that a worker process hands the one line over instead of a traceback.
+    Records as training samples. config gives image_size, fit, chat, image_tokens, max_len and region_dim. A sample that
+    cannot be read is returned as its error, so that a worker process hands the one line over instead of a traceback.
     """
 
     def __init__(self, records, root, tokenizer, config, answer=True, blind=False):
@@ -281,8 +326,11 @@ class Records(Dataset):
     def __getitem__(self, i):
         record, c = self.records[i], self.config
         try:
+            if record.get("masks") and not c.region_dim:
+                raise ValueError("the record has masks; this model reads whole images only, an aquila-plus one regions")
             row = encode_record(record, self.tokenizer, c.chat, c.image_tokens, c.max_len, self.answer)
-            return {**row, "images": prepare_images(record, self.root, c, self.blind)}
+            row["images"], row["masks"] = prepare(record, self.root, c, self.blind)
+            return row
         except (ValueError, FileNotFoundError) as e:
             text = str(e)
             return ValueError(text if text.startswith("record ") else f"record {record['id']}: {text}")
@@ -290,8 +338,9 @@ class Records(Dataset):
 
 def collate(rows):
     """
-    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and images
-    (n, 3, H, W) of all rows in the order of their slots, None when there is none. With an error among them, the error.
+    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and of all rows in
+    the order of their slots: images (n, 3, H, W); masks (n, R, H, W), padded with empty ones; regions (m, 2) long, the
+    image and the mask that each region slot means. What no row has is None. With an error among the rows, the error.
     """
     for row in rows:
         if isinstance(row, ValueError):
@@ -304,7 +353,21 @@ def collate(rows):
         labels[i, :lengths[i]] = torch.tensor(row["labels"])
     images = [row["images"] for row in rows if len(row.get("images", ()))]
     return {"ids": ids, "labels": labels, "lengths": lengths, "names": [row["id"] for row in rows],
-            "images": torch.cat(images) if images else None}
+            "images": torch.cat(images) if images else None, **collate_masks(rows)}
+
+
+def collate_masks(rows):
+    most = max(len(row.get("masks", ())) for row in rows)
+    if not most:
+        return {"masks": None, "regions": None}
+    masks, regions = [], []
+    for row in rows:
+        if len(row["masks"]):               # of the row's one image
+            regions += [(len(masks), mask) for mask in row["mentions"]]
+        for i in range(len(row["images"])):
+            own = row["masks"] if i == 0 else row["masks"][:0]
+            masks.append(torch.nn.functional.pad(own, (0, 0, 0, 0, 0, most - len(own))))
+    return {"masks": torch.stack(masks), "regions": torch.tensor(regions)}
 
 
 # ---------------------------------------------------------------------------------------------- look at a file
@@ -320,8 +383,10 @@ def check_record(item, root):
         names = image_names(record)
         if names and text != len(names):
             raise ValueError(f"{len(names)} image(s) but {text} <image> in the human turns")
-        for name in names:
-            load_image(name, root)
+        pictures = [load_image(name, root) for name in names]
+        if record.get("masks"):
+            mentions(turns_of(record), len(record["masks"]))
+            load_masks(record, root, pictures[0].size)
         return number, record.get("id"), None
     except (ValueError, FileNotFoundError) as e:
         return number, record.get("id") if isinstance(record, dict) else None, str(e)
@@ -347,11 +412,12 @@ def show(path, root, tokenizer, config, n):
     names = {i: name for name, i in tokenizer.special.items()}
     for record in read_records(path)[:n]:
         row = encode_record(record, tokenizer, config.chat, config.image_tokens, config.max_len)
+        images, masks = prepare(record, root, config)
         print(f"record {record['id']}: {len(row['ids'])} tokens, {sum(t != IGNORE for t in row['labels'])} learned, "
-              f"images {image_names(record)} as {tuple(prepare_images(record, root, config).shape)}")
+              f"images {image_names(record)} as {tuple(images.shape)}" + f", {len(masks)} masks" * bool(len(masks)))
         runs = []
         for token, label in zip(row["ids"], row["labels"]):
-            kind = names.get(token, "<image>" if token == IMAGE_SLOT else "")
+            kind = SLOTS.get(token) or names.get(token, "")
             if not runs or runs[-1][:2] != (label != IGNORE, kind):
                 runs.append((label != IGNORE, kind, []))
             runs[-1][2].append(token)

@@ -29,18 +29,23 @@ from torch import nn
 
 import scenes
 from convnext import CONVNEXTS, ChannelNorm, ConvNeXt
-from data import CLIP_MEAN, CLIP_STD, IGNORE, collate, encode_record
+from data import CLIP_MEAN, CLIP_STD, IGNORE, VICUNA_SYSTEM, collate, encode_record
 from llama import BYTE_OF, LLAMAS, Llama, load_tokenizer, save_llama
 
 SIZE = 128                                  # pixels; the image side of the tiny presets
-PLACES = [f"{v} {h}".strip() for v in ("top", "", "bottom") for h in ("left", "", "right")]
-PLACES[4] = "center"
+NINTHS = [f"{v} {h}".strip() for v in ("top", "", "bottom") for h in ("left", "", "right")]
+NINTHS[4] = "center"
+
+
+def place(item):
+    """Where an object lies, in the words of the questions; near a border between those, the ninth of the picture."""
+    return scenes.cell(item) or NINTHS[3 * min(int(item.y * 3), 2) + min(int(item.x * 3), 2)]
 
 
 def report(index, rng):
-    """Every fact of a scene as one line: each object with its color and its ninth of the picture, and the land."""
+    """Every fact of a scene as one line: each object with its color and its place, and the land."""
     ground = scenes.layout("train", index, 0)
-    facts = [f"{o.color} {o.name} {PLACES[3 * min(int(o.y * 3), 2) + min(int(o.x * 3), 2)]}" for o in ground.items]
+    facts = [f"{o.color} {o.name} {place(o)}" for o in ground.items]
     rng.shuffle(facts)
     land = ground.cover + (f" with {ground.feature.kind}" if ground.feature else "")
     return "; ".join([land] + facts)
@@ -136,7 +141,7 @@ def schedule(step, steps, peak, warmup=0.05):
 
 
 def train(model, loss_of_step, steps, lr, decay, name):
-    """The loop both parts share: AdamW, warm-up and cosine, one line every 20 steps."""
+    """The loop both parts share: AdamW, warm-up and cosine, one line every 50 steps."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=decay), dict(params=plain, weight_decay=0.0)],
@@ -152,9 +157,9 @@ def train(model, loss_of_step, steps, lr, decay, name):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         seen.append(loss.item())
-        if step % 20 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             spent = time.time() - started
-            print(f"{name} step {step + 1}/{steps} | loss {np.mean(seen[-20:]):.4f} | {spent:.0f} s | "
+            print(f"{name} step {step + 1}/{steps} | loss {np.mean(seen[-50:]):.4f} | {spent:.0f} s | "
                   f"left {spent / (step + 1) * (steps - step - 1):.0f} s", flush=True)
 
 
@@ -187,10 +192,16 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
 # ---------------------------------------------------------------------------------------------- language, from text
 
 def conversation(index, rng):
-    """A scene told in words, then its questions and a caption: what an LM can learn of the world without pictures."""
+    """A scene told in words, then questions and a caption: what an LM can learn of the world without pictures."""
     key = scenes.Key("train", 0, index, SIZE)
-    asked = scenes.questions(key)
-    turns = [text for i in rng.permutation(len(asked))[:6] for text in asked[i][1:]]
+    items, asked = scenes.layout("train", index, 0).items, [qa[1:] for qa in scenes.questions(key)]
+    about = scenes.region_questions(key)
+    for i in rng.permutation(len(about))[:3]:
+        _, question, answer, objects = about[i]
+        for n, j in enumerate(objects, 1):                                         # a region, too, is told in words
+            question = question.replace(f"<region{n}>", f"{items[j].color} {items[j].name} {place(items[j])}")
+        asked.append((question, answer))
+    turns = [text for i in rng.permutation(len(asked))[:8] for text in asked[i]]
     turns[0] = f"{turns[0]}\n{scenes.SHORT}"
     caption = [str(rng.choice(scenes.CAPTION_PROMPTS)), str(rng.choice(scenes.captions(key)))]
     turns = caption + turns if rng.random() < 0.5 else turns + caption
@@ -238,7 +249,7 @@ def write_tokenizer(folder, n_scenes, size, rng):
     texts = [t["value"] for i in range(min(n_scenes, 2000)) for t in conversation(i, rng)["conversations"]]
     letter = {b: ch for ch, b in BYTE_OF.items()}
     # On plain ASCII these pieces are those of GPT-2's pattern, which the tokenizer.json names.
-    pieces = Counter(p for text in [*texts, "user", "assistant"]
+    pieces = Counter(p for text in [*texts, "user", "assistant", VICUNA_SYSTEM, "USER:", "ASSISTANT:"]
                      for p in re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
     words = Counter({tuple(letter[b] for b in piece.encode()): n for piece, n in pieces.items()})
     merges = byte_pairs(words, size - 256 - len(SPECIALS))
@@ -263,18 +274,20 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     folder = out / "tiny-llm"
-    size = write_tokenizer(folder, n_scenes, LLAMAS["tiny"].vocab_size, rng)
+    size = write_tokenizer(folder, n_scenes, 1024, rng)                            # fewer, when all words are whole
     model, tokenizer = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size)), load_tokenizer(folder)
 
     def loss_of_step(step):
-        rows = [encode_record(conversation(int(i), rng), tokenizer, "llama-3")
-                for i in rng.integers(0, n_scenes, batch)]
+        rows = [encode_record(conversation(int(i), rng), tokenizer, ("llama-3", "vicuna")[k % 2])
+                for k, i in enumerate(rng.integers(0, n_scenes, batch))]
         batched = collate(rows)
         ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
-        target = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE)                      # all text learned, not only answers
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), target.flatten(), ignore_index=IGNORE)
+        text, answers = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE), batched["labels"][:, 1:]
+        logits = model(ids[:, :-1]).flatten(0, 1)
+        # All text is learned, and the answers, few tokens among many, once more.
+        return sum(F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE) for target in (text, answers))
 
-    train(model, loss_of_step, steps, 3e-3, 0.1, "llm")
+    train(model, loss_of_step, steps, 2e-3, 0.1, "llm")
     save_llama(model.to(torch.bfloat16), folder)
     print(f"wrote {folder}")
 
@@ -285,14 +298,14 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"),
                         help="folder to write (default weights)")
     parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
-    parser.add_argument("--vision-steps", type=int, default=700, help="steps of 128 image-text pairs (default 700)")
-    parser.add_argument("--llm-steps", type=int, default=900, help="steps of 32 conversations (default 900)")
+    parser.add_argument("--vision-steps", type=int, default=800, help="steps of 128 image-text pairs (default 800)")
+    parser.add_argument("--llm-steps", type=int, default=4000, help="steps of 16 conversations (default 4000)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     if args.part != "llm":
         pretrain_vision(args.out, args.scenes, args.vision_steps, 128, args.seed)
     if args.part != "vision":
-        pretrain_llm(args.out, args.scenes, args.llm_steps, 32, args.seed)
+        pretrain_llm(args.out, args.scenes, args.llm_steps, 16, args.seed)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ WORDINGS = {
     "color one": ("What color is the {one}?", "What is the color of the {one}?"),
     "color many": ("What color are the {many}?", "What is the color of the {many}?"),
 }
+REGION_WORDINGS = {                          # {a} and {b} are the regions asked about
+    "region class": ("What is {a}?", "What kind of object is {a}?", "Name the object in {a}.",
+                     "Which class does {a} belong to?"),
+    "region color": ("What color is {a}?", "Which color does {a} have?"),
+    "region position": ("Where in the image is {a}?", "In which part of the image does {a} lie?"),
+    "region presence": ("Is {a} a {one}?", "Does {a} show a {one}?"),
+    "region count": ("How many objects of the same kind as {a} are there?",
+                     "How often does the kind of object in {a} occur?"),
+    "region comparison": ("Are {a} and {b} of the same kind?", "Do {a} and {b} show the same kind of object?"),
+    "region caption": ("Describe {a}.", "Write a short description of {a}."),
+}
 
 
 @dataclass
@@ -607,10 +618,33 @@ def ask_comparison(rng, ask, total, present, absent):
     ask("comparison", wording, "yes" if yes else "no", a=plural(a), b=plural(b))
 
 
-def regions(scene):
-    """(object index, short description) of every object."""
-    items = layout(scene.split, scene.index, scene.seed).items
-    return [(i, f"a {o.color} {o.name}" + (f" at the {cell(o)}" if cell(o) else "")) for i, o in enumerate(items)]
+def region_questions(scene):
+    """
+    (type, question, answer, object indices) about the objects; the question says <region1> and <region2> for them. One
+    of "is it a ...?" is yes and one is no for every object, and half of the pairs compared are of one class.
+    """
+    items, rng, found = layout(scene.split, scene.index, scene.seed).items, scene_rng(scene, 5), []
+
+    def ask(kind, answer, *objects, **words):
+        text = pick(rng, REGION_WORDINGS[kind]).format(a="<region1>", b="<region2>", **words)
+        found.append((kind, text, answer, objects))
+
+    for i, item in enumerate(items):
+        where = cell(item)
+        ask("region class", item.name, i)
+        ask("region color", item.color, i)
+        if where:
+            ask("region position", where, i)
+        ask("region presence", "yes", i, one=item.name)
+        ask("region presence", "no", i, one=pick(rng, [c for c in CLASSES if c != item.name]))
+        ask("region count", str(sum(other.name == item.name for other in items)), i)
+        ask("region caption", f"{item.color} {item.name}" + (f" at {where}" if where else ""), i)
+    pairs = [(i, j) for i in range(len(items)) for j in range(len(items)) if i != j]
+    same = [(i, j) for i, j in pairs if items[i].name == items[j].name]
+    for answer, some in (("yes", same), ("no", [p for p in pairs if p not in same])):
+        if same and len(same) < len(pairs):
+            ask("region comparison", answer, *pick(rng, some))
+    return found
 
 
 # ---- records: LLaVA's format ----------------------------------------------------------------------------------------
@@ -620,8 +654,12 @@ def turn(who, value):
 
 
 def records(split, n, task, seed=0, size=256, start=0):
-    """LLaVA records of n scenes for a task: "caption", "vqa" or "chat". No pixel is drawn; images are names."""
-    makers = {"caption": caption_records, "vqa": vqa_records, "chat": chat_records}
+    """
+    LLaVA records of n scenes for a task: "caption", "vqa", "chat", "region" or "region chat". No pixel is drawn; images
+    and masks are names.
+    """
+    makers = {"caption": caption_records, "vqa": vqa_records, "chat": chat_records, "region": region_records,
+              "region chat": region_chat_records}
     if task not in makers:
         raise ValueError(f"scene task {task!r}: expected one of {', '.join(makers)}")
     check_key(split, start, seed, size)
@@ -655,6 +693,37 @@ def chat_records(key):
     turns = [turn(who, text) for pair in pairs for who, text in zip(("human", "gpt"), pair)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}\n{SHORT}"
     return [{"id": f"{key.split}-{key.index}-chat", "image": scene_name(key), "type": "chat", "conversations": turns}]
+
+
+def mask_name(key, number):
+    """The mask of an object, as a record names it."""
+    return f"{scene_name(key)}#{number}"
+
+
+def region_records(key):
+    """One record a region question; a caption of a region has no format prompt."""
+    found = []
+    for i, (kind, question, answer, objects) in enumerate(region_questions(key)):
+        short = "" if kind == "region caption" else f"\n{SHORT}"
+        text = question if len(objects) > 1 else question.replace("<region1>", "<region>")
+        found.append({"id": f"{key.split}-{key.index}-r{i}", "image": scene_name(key), "type": kind,
+                      "masks": [mask_name(key, n) for n in objects],
+                      "conversations": [turn("human", f"<image>\n{text}{short}"), turn("gpt", answer)]})
+    return found
+
+
+def region_chat_records(key):
+    """One conversation: up to eight region questions in random order, the regions numbered as they come up."""
+    asked, rng = region_questions(key), scene_rng(key, 6)
+    turns, numbers = [], {}                      # object: its number in the conversation
+    for i in rng.permutation(len(asked))[:8]:
+        _, question, answer, objects = asked[i]
+        named = [numbers.setdefault(n, len(numbers) + 1) for n in objects]
+        question = re.sub(r"<region(\d)>", lambda m: f"<region{named[int(m[1]) - 1]}>", question)
+        turns += [turn("human", question), turn("gpt", answer)]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}\n{SHORT}"
+    return [{"id": f"{key.split}-{key.index}-regions", "image": scene_name(key), "type": "region chat",
+             "masks": [mask_name(key, n) for n in numbers], "conversations": turns}]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """
-Trains one stage of Aquila, on CPU or GPU, in one process or several.
+Trains one stage of Aquila or Aquila-plus, on CPU or GPU, in one process or several.
 
     torchrun train.py --stage 1                                    # tiny preset, built-in scenes, no download
     torchrun train.py --stage 2                                    # goes on from runs/tiny/stage1
+    torchrun train.py --preset tiny-plus --stage 1                 # Aquila-plus: stages 1, 2 and 3
     torchrun --nproc-per-node 4 train.py --preset aquila-8b --stage 1 --vision FILE --llm DIR --data FILE --images DIR
 
 One step is one global batch, whatever the number of processes and micro-batches: the loss is summed over the learned
@@ -51,7 +52,8 @@ class Recipe:
     lora: LoRAConfig | None = None
 
 
-# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2).
+# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). Those of aquila-plus
+# are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, LoRA on the LM).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
@@ -60,6 +62,14 @@ RECIPES = {
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4500,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
+    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
+                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
+                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
+                                 lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
+    "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
+                  2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5000),
+                  3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=4000,
+                            lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
 
@@ -81,15 +91,16 @@ def optimizer_for(params, decay):
 
 # ---------------------------------------------------------------------------------------------- data
 
-BUILT_IN = {1: ("chat", "caption"), 2: ("chat", "vqa", "caption")}
+BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "vqa", "caption")},
+            "aquila-plus": {1: ("chat", "caption"), 2: ("region chat",), 3: ("region chat", "region", "chat")}}
 
 
-def built_in_records(stage, n, size):
+def built_in_records(family, stage, n, size):
     """
     n train scenes, other ones in each stage, as records: of every scene one of each kind above, wordings taking turns.
     """
     found = []
-    for task in BUILT_IN[stage]:
+    for task in BUILT_IN[family][stage]:
         by_scene = {}
         for record in scenes.records("train", n, task, size=size, start=(stage - 1) * n):
             by_scene.setdefault(record["image"], []).append(record)
@@ -253,7 +264,8 @@ def draw_curve(losses, path, width=800, height=420):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default tiny)")
-    p.add_argument("--stage", type=int, required=True, choices=sorted(TRAINS), help="1 aligns, 2 instructs with LoRA")
+    p.add_argument("--stage", type=int, required=True, choices=(1, 2, 3),
+                   help="aquila: 1 aligns, 2 instructs with LoRA; aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
     p.add_argument("--data", help=".jsonl or .json file of records (default: the built-in scenes)")
     p.add_argument("--images", default=".", help="folder that image paths start from (default: here)")
     p.add_argument("--scenes", type=int, help="built-in train scenes, when there is no --data (default: the recipe's)")
@@ -266,6 +278,7 @@ def parse_args():
     model = p.add_argument_group("model (stage 1 decides, later stages keep it)")
     model.add_argument("--integration", choices=("sfi", "concat"), help="Table 5: SFI or the Concat baseline")
     model.add_argument("--mda-layers", help="Table 5: 'none', or LM layers that SFI runs before, for instance 0,4,8")
+    model.add_argument("--pooling", choices=("area", "binary"), help="aquila-plus: how masks weigh features")
     model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32")
     model.add_argument("--fit", choices=("resize", "letterbox"), help="how an image becomes square")
     model.add_argument("--chat", choices=("llama-3", "vicuna", "chatml"), help="chat format")
@@ -278,9 +291,11 @@ def parse_args():
     recipe.add_argument("--batch", type=int, help="global batch: samples of one optimizer step")
     recipe.add_argument("--micro", type=int,
                         help="samples a process takes at once; batch / (micro x processes) accumulate")
-    recipe.add_argument("--lora-rank", type=int, help="stage 2")
-    recipe.add_argument("--lora-alpha", type=float, help="stage 2")
-    recipe.add_argument("--lora-dropout", type=float, help="stage 2")
+    recipe.add_argument("--lora-rank", type=int, help="last stage")
+    recipe.add_argument("--lora-alpha", type=float, help="last stage")
+    recipe.add_argument("--lora-dropout", type=float, help="last stage")
+    recipe.add_argument("--full-llm", action="store_true",
+                        help="aquila-plus, stage 3: the LM's own weights learn, instead of LoRA")
     p.add_argument("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
     p.add_argument("--stop-after", type=int,
                    help="end the process after this step, the schedule unchanged; then --resume")
@@ -304,26 +319,33 @@ def resolve(args):
     """Flags -> (config, recipe, out folder, folder to start from or None); ValueError for what makes no sense."""
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; expected one of {', '.join(PRESETS)}")
+    if args.stage not in RECIPES[args.preset]:
+        raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {', '.join(map(str, RECIPES[args.preset]))}")
     recipe = RECIPES[args.preset][args.stage]
     changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
                     scenes="scenes")
     lora = given(args, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout")
     if lora and not recipe.lora:
         raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
-    recipe = dataclasses.replace(recipe, **changes, lora=recipe.lora and dataclasses.replace(recipe.lora, **lora))
+    if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
+        raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset, without --lora-...")
+    recipe = dataclasses.replace(recipe, **changes, lora=recipe.lora and dataclasses.replace(recipe.lora, **lora)
+                                 if not args.full_llm else None)
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
-    start = args.init_from or (f"runs/{args.preset}/stage1" if args.stage > 1 else None)
+    start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
         raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; "
-                         "run --stage 1 first, or give --init-from")
-    model = given(args, integration="integration", image_size="image_size", fit="fit", chat="chat", max_len="max_len")
+                         f"run --stage {args.stage - 1} first, or give --init-from")
+    model = given(args, integration="integration", image_size="image_size", fit="fit", chat="chat", max_len="max_len",
+                  pooling="pooling")
     if args.mda_layers is not None:
         model["mda_layers"] = parse_layers(args.mda_layers)
     config = load_config(start) if start else PRESETS[args.preset]
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} contradicts {start}, which decides it; leave the flag out")
-    config = dataclasses.replace(config, **model, **given(args, vision_file="vision", llm_dir="llm"), lora=recipe.lora)
+    config = dataclasses.replace(config, **model, **given(args, vision_file="vision", llm_dir="llm"),
+                                 lora=recipe.lora, full_llm=args.full_llm)
     return config, recipe, out, start
 
 
@@ -337,7 +359,7 @@ def parse_layers(text):
 def open_data(args, recipe, config):
     """The records of the run, all checked for form and for missing image files, and a fingerprint of them."""
     if args.data is None:
-        records = built_in_records(args.stage, recipe.scenes or 1000, config.image_size)
+        records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
     else:
         records = read_records(args.data)
         for record in records:

@@ -135,7 +135,7 @@ def test_a_stage_trains_what_its_table_says(small, lora, stage):
     assert all(p.grad is not None for p in trainable.values())
     torch.optim.SGD(trainable.values(), lr=0.1).step()
     moved = {part_of(k) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
-    assert moved == set(TRAINS[stage])
+    assert moved == set(TRAINS["aquila"][stage])
 
 
 def test_a_batch_of_text_alone_gives_every_parameter_a_gradient(small):
@@ -157,7 +157,7 @@ def test_wrong_number_of_slots_is_an_error(small):
 def test_rectangular_images(size):
     """An image of H x W pixels has (H/32)(W/32) tokens; the learned grid is resized to it."""
     torch.manual_seed(0)
-    pyramid, tokens = Aquila(SMALL).look(torch.randn(2, 3, *size))
+    pyramid, tokens = (model := Aquila(SMALL)).look(model.see(torch.randn(2, 3, *size)))
     assert tokens.shape == (2, size[0] * size[1] // 1024, SMALL.llm.dim)
     assert [p.shape[2] for p in pyramid] == [64, 16, 4, 1]
 

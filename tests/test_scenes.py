@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scenes
-from scenes import CLASSES, NUMBERS, captions, make_scene, open_scene, questions, records, regions, scene_name
+from scenes import CLASSES, NUMBERS, captions, make_scene, open_scene, questions, records, region_questions, scene_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128
@@ -161,11 +161,38 @@ def test_a_blind_reader_gains_little():
     assert 0.46 < np.mean(presence) < 0.54
 
 
-def test_regions_name_each_object_once(drawn):
+def test_region_questions_tell_the_truth(drawn):
+    """Every answer against the drawn objects; yes and no as often; every object is asked for its class."""
+    said = Counter()
     for scene in drawn[:30]:
-        found = regions(scene)
-        assert [i for i, _ in found] == list(range(len(scene.objects)))
-        assert all(f"{o.color} {o.name}" in text for (_, text), o in zip(found, scene.objects))
+        found = region_questions(scene)
+        assert [i for kind, _, _, (i, *_) in found if kind == "region class"] == list(range(len(scene.objects)))
+        for kind, question, answer, (i, *others) in found:
+            o = scene.objects[i]
+            truth = {"region class": o.name, "region color": o.color,
+                     "region count": str(sum(p.name == o.name for p in scene.objects)),
+                     "region presence": "yes" if f"a {o.name}" in question else "no",
+                     "region comparison": "yes" if others and scene.objects[others[0]].name == o.name else "no"}
+            assert answer == truth.get(kind, answer)
+            if kind == "region caption":
+                assert answer.startswith(f"{o.color} {o.name}")
+            if kind == "region position":
+                x, y = (o.box[0] + o.box[2]) / 2 / scene.size, (o.box[1] + o.box[3]) / 2 / scene.size
+                assert answer == "center" or (("top" in answer) == (y < 0.5) and ("left" in answer) == (x < 0.5))
+            said[kind, answer] += kind in ("region presence", "region comparison")
+    assert said["region presence", "yes"] == said["region presence", "no"] > 30
+    assert said["region comparison", "yes"] == said["region comparison", "no"] > 5
+
+
+def test_region_records_name_their_masks():
+    """A chat numbers its regions as they come up, and says each number's mask once."""
+    for record in records("train", 20, "region chat", size=SIZE):
+        text = " ".join(t["value"] for t in record["conversations"] if t["from"] == "human")
+        numbers = [int(n) for n in re.findall(r"<region(\d+)>", text)]
+        assert list(dict.fromkeys(numbers)) == list(range(1, len(record["masks"]) + 1))
+        assert len(set(record["masks"])) == len(record["masks"])
+    single = [r for r in records("test", 5, "region", size=SIZE) if len(r["masks"]) == 1]
+    assert all(r["conversations"][0]["value"].count("<region>") == 1 for r in single)
 
 
 def test_records_need_no_pixels(monkeypatch):
