@@ -1,16 +1,18 @@
 """Every corpus converts from small files in its published layout, and a user's mistake gives one line and no file."""
 
 import json
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from corpora import CORPORA, PROMPTS, SCENE_TEXT, bucket, main, records  # noqa: E402
+from corpora import CORPORA, MIXES, PROMPTS, SAMPLINGS, SCENE_TEXT, SHARES, bucket, main, plural, records  # noqa: E402
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -287,3 +289,340 @@ def test_records_can_be_read_without_a_file(tmp_path: Path) -> None:
     put(tmp_path / "dataset_rsicd.json", WHOLE)
     row, = records("rsicd", tmp_path)
     assert row["image"] == "RSICD_images/1.jpg"
+
+
+# ---- regions --------------------------------------------------------------------------------------------------------
+
+NAMES = ["Small_Vehicle", "harbor", "ship", "storage tank", "bus"]
+RLE = {"size": [100, 200], "counts": "PPYo1"}
+
+
+def instance(image: int, category: int, box: list, **other: object) -> dict:
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return {"image_id": image, "category_id": category, "bbox": box, "area": w * h, "iscrowd": 0,
+            "segmentation": [polygon], **other}
+
+
+def coco(*annotations: dict, images: int = 1) -> dict:
+    return {"images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 100} for i in range(images)],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES)],
+            "annotations": [{"id": i, **row} for i, row in enumerate(annotations)]}
+
+
+def coco_records(tmp_path: Path, data: dict, *flags: str) -> list[dict]:
+    put(tmp_path / "any.json", data)
+    return convert(tmp_path, "coco-masks", "--file", "any.json", *flags)
+
+
+def answers(rows: list[dict], kind: str) -> list[str]:
+    return [turns(row)[1] for row in rows if row["type"] == kind]
+
+
+def fleet(images: int = 60) -> dict:
+    """Random boxes, all different, of classes 0 to 3 in random numbers; class 4 never."""
+    rng = random.Random(1)
+    rows = []
+    for image in range(images):
+        for k in range(rng.randint(1, 9)):
+            box = [rng.randint(0, 150), rng.randint(0, 70), 5 + k, 5 + rng.randint(0, 20)]
+            rows.append(instance(image, rng.choice((0, 0, 1, 2, 3)), box))
+    return coco(*rows, images=images)
+
+
+def test_every_region_answer_follows_from_the_file(tmp_path: Path) -> None:
+    data = fleet()
+    rows = coco_records(tmp_path, data)
+    by_mask = {json.dumps([row["image_id"], row["segmentation"]]): row for row in data["annotations"]}
+    plain = [name.replace("_", " ").lower() for name in NAMES]
+    for row in rows:
+        image = int(row["image"].removesuffix(".png"))
+        question, answer = turns(row)
+        found = [by_mask[json.dumps([image, mask])] for mask in row.get("masks", [])]
+        assert len(re.findall(r"<region\d?>", question)) == len(found) == {
+            "presence": 0, "region comparison": 2}.get(row["type"], 1)
+        names = [plain[one["category_id"]] for one in found]
+        here = [plain[one["category_id"]] for one in data["annotations"] if one["image_id"] == image]
+        asked = re.search(r" an? (.*?)( in the image)?\?", question)
+        if row["type"] == "region class":
+            assert answer == names[0]
+        elif row["type"] == "region count":
+            assert answer == str(here.count(names[0]))
+        elif row["type"] == "region presence":
+            assert answer == ("yes" if asked[1] == names[0] else "no")
+        elif row["type"] == "presence":
+            assert answer == ("yes" if asked[1] in here else "no")
+        elif row["type"] == "region comparison" and "same kind" in question:
+            assert answer == ("yes" if names[0] == names[1] else "no")
+        elif row["type"] == "region comparison":
+            assert answer == ("yes" if found[0]["area"] > found[1]["area"] else "no")
+        elif row["type"] == "region position":
+            x, y, w, h = found[0]["bbox"]
+            column, line = int((x + w / 2) / 200 * 3), int((y + h / 2) / 100 * 3)
+            assert answer == ("top left", "top", "top right", "left", "center", "right",
+                              "bottom left", "bottom", "bottom right")[3 * line + column]
+        else:
+            assert f"a {names[0]}" in answer or f"this {names[0]}" in answer
+
+
+def test_shares_hold_and_yes_and_no_are_balanced(tmp_path: Path, capsys) -> None:
+    rows = coco_records(tmp_path, fleet())
+    printed = capsys.readouterr().out
+    kinds = Counter(row["type"] for row in rows)
+    assert sum(SHARES.values()) == 100 and len(rows) > 500
+    assert all(abs(kinds[kind] - share / 100 * len(rows)) <= 2 for kind, share in SHARES.items())
+    for kind in ("region presence", "presence"):
+        for sampling in SAMPLINGS:
+            said = Counter(turns(row)[1] for row in rows if (row["type"], row.get("sampling")) == (kind, sampling))
+            assert said["yes"] > 2 and abs(said["yes"] - said["no"]) <= 1
+            assert re.search(rf"  {kind} {sampling} +{said.total()} ", printed)
+    said = Counter(answers(rows, "region comparison"))
+    assert abs(said["yes"] - said["no"]) <= 2
+    assert max(Counter(row["image"] for row in rows).values()) <= 20
+    assert all(("sampling" in row) == row["type"].endswith("presence") for row in rows)
+    sentences = ("region caption", "region detail", "region reasoning")
+    assert all(turns(row)[0].endswith(SUFFIX) != (row["type"] in sentences) for row in rows)
+    questions = [(row["image"], row["type"], json.dumps(row.get("masks")), turns(row)[0].split("\n")[1]) for row in rows
+                 if row["type"] != "region comparison"]
+    assert len(set(questions)) == len(questions)
+
+
+def test_no_question_whose_answer_would_always_be_yes(tmp_path: Path) -> None:
+    """With one class there is nothing to say no to: one yes waits for its no, and no more are asked."""
+    data = coco(*[instance(i, 0, [9 * k, 9, 9, 9]) for i in range(30) for k in range(5)], images=30)
+    rows = coco_records(tmp_path, {**data, "categories": data["categories"][:1]})
+    assert len(answers(rows, "region presence")) == len(answers(rows, "presence")) == len(SAMPLINGS)
+    assert answers(rows, "region comparison") == ["yes"]        # of the same kind; all areas are equal
+    assert len(answers(rows, "region class")) > 70
+
+
+def test_regions_do_not_change_from_run_to_run(tmp_path: Path) -> None:
+    coco_records(tmp_path, fleet())
+    first = (tmp_path / "out.jsonl").read_bytes()
+    command = [sys.executable, str(ROOT / "corpora.py"), "coco-masks", "--root", tmp_path, "--file", "any.json",
+               "--out", tmp_path / "out.jsonl"]
+    subprocess.run(command, check=True, env={"PYTHONHASHSEED": "7"}, capture_output=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == first
+
+
+def test_limit_per_image(tmp_path: Path) -> None:
+    data = coco(*[instance(0, 2, [5 * i, 5, 4, 4]) for i in range(30)])
+    assert len(coco_records(tmp_path, data)) == 20
+    assert len(coco_records(tmp_path, data, "--limit-per-image", "50")) == 50
+    assert len(coco_records(tmp_path, coco(instance(0, 2, [1, 1, 9, 9])))) == 3
+
+
+def test_descriptions_and_reasons(tmp_path: Path) -> None:
+    boxes = [(1, [0, 10, 40, 40]), (2, [44, 20, 24, 8]), (0, [160, 90, 10, 5])]     # harbor, ship, small vehicle
+    # The same picture thirty times, so that every region gets every question.
+    rows = coco_records(tmp_path, coco(*[instance(i, *box) for i in range(30) for box in boxes], images=30))
+    said = {(row["type"], row["masks"][0][0][0]): turns(row)[1] for row in rows if "masks" in row}
+    assert said["region caption", 44] == "This is a ship at the top left of the image."
+    assert said["region detail", 44] == (
+        "This is a ship at the top left of the image. It covers about 0.96 percent of the image and is about 3.0 times "
+        "as wide as tall. It is the only ship there. The nearest other object is a harbor to its left, close by.")
+    assert said["region detail", 160].endswith("other object is a ship to its upper left, some way off.")
+    assert said["region reasoning", 44] == "Near this ship there is a harbor, so it is probably moored there."
+    assert said["region reasoning", 0] == "Near this harbor there is a ship, so it lies beside ships."
+    assert said["region reasoning", 160] == "No other labeled object is near this small vehicle, so it stands alone."
+
+
+def test_masks_are_taken_as_they_stand(tmp_path: Path) -> None:
+    square, other = [1, 1, 9, 1, 9, 9], [20.5, 20, 30, 20, 30, 30, 20, 30]
+    made = {"flat": (square, [square]), "two": ([square, other], [square, other]), "rle": (RLE, RLE),
+            "a line": ([[1, 1, 9, 9], square], [square]), "none": ([], {"bbox": [2, 2, 8, 8]}),
+            "only a line": ([[1, 1, 9, 9]], {"bbox": [2, 2, 8, 8]}), "null": (None, {"bbox": [2, 2, 8, 8]})}
+    for written, expected in made.values():
+        rows = coco_records(tmp_path, coco(instance(0, 2, [2, 2, 8, 8], segmentation=written)))
+        assert [row["masks"] for row in rows if row["type"] != "presence"] == [[expected]] * len(rows)
+
+
+def test_crowds_and_empty_regions_are_not_asked_about(tmp_path: Path) -> None:
+    ships = [instance(0, 2, [9 * i, 5, 5, 5 + i]) for i in range(6)]
+    group, nothing = instance(0, 2, [0, 50, 99, 40], iscrowd=1, segmentation=RLE), instance(0, 1, [7, 7, 0, 5], area=0)
+    rows = coco_records(tmp_path, coco(*ships, group, nothing))
+    masks = [ship["segmentation"] for ship in ships]
+    assert all(mask in masks for row in rows for mask in row.get("masks", []))
+    assert answers(rows, "region count") == []
+    assert answers(rows, "region reasoning") == []
+    assert all(text.endswith("It is one of many ships there.") for text in answers(rows, "region detail"))
+    assert not any("a harbor" in turns(row)[0] and row["type"] == "presence" for row in rows)
+
+
+def test_popular_and_adversarial_negatives(tmp_path: Path) -> None:
+    """Vehicles are in most images; beside harbors there are ships."""
+    rows = [instance(i, 0, [9, 9, 9, 9]) for i in range(8)]
+    rows += [instance(i, name, [30, 9, 9, 9]) for i in (8, 9) for name in (1, 2)]
+    rows += [instance(10 + i, 1, [9, 9, 9, 9]) for i in range(12)]
+    rows = coco_records(tmp_path, coco(*rows, images=22))
+    said_no = [row for row in rows if turns(row)[1] == "no" and int(row["image"].removesuffix(".png")) > 9]
+    for sampling, name in (("popular", "small vehicle"), ("adversarial", "ship")):
+        asked = [turns(row)[0] for row in said_no if row.get("sampling") == sampling]
+        assert asked and all(name in text for text in asked)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"category_id": 77}, "annotations 0: image 0 or category 77 is not in the file"),
+    ({"image_id": 5}, "annotations 0: image 5 or category 2 is not in the file"),
+    ({"bbox": [1, 2, 3]}, "'bbox' has 3 numbers, expected x, y, width, height"),
+    ({"bbox": [1, 2, 3, float("nan")]}, "'bbox': expected a number of pixels, found nan"),
+    ({"area": 10 ** 400}, "'area': expected a number of pixels, found 1000"),
+    ({"segmentation": 3}, "'segmentation' should be dict or list, found int"),
+    ({"segmentation": [[1, 2, "x", 4, 5, 6]]}, "polygon: expected a number of pixels, found x"),
+    ({"segmentation": {"counts": "0"}}, "'size' should be list, found nothing"),
+])
+def test_wrong_annotations(tmp_path: Path, capsys, change: dict, message: str) -> None:
+    put(tmp_path / "any.json", coco(instance(0, 2, [1, 1, 9, 9], **change)))
+    assert message in fails(tmp_path, capsys, "coco-masks", "--root", str(tmp_path), "--file", "any.json")
+
+
+def test_plurals() -> None:
+    assert [plural(name) for name in ("ship", "bus", "tennis court", "wine glass", "person", "skis", "bench", "city")
+            ] == ["ships", "buses", "tennis courts", "wine glasses", "people", "skis", "benches", "cities"]
+
+
+BOXES = [{"bbox": [i, 0, 5, 5], "segmentation": [[i, 0, i + 5, 0, i, 5]]} for i in range(4)]
+MASKS = [box["segmentation"] for box in BOXES]
+
+
+def osprey(tmp_path: Path, name: str, *texts: str, **other: object) -> dict:
+    conversation = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    row = {"file_name": "COCO_train2014_000000057870.jpg", "height": 9, "width": 9, "annotation": BOXES,
+           **({"conversations": conversation} if texts else {}), **other}
+    put(tmp_path / CORPORA[name].file, [row, {**row, "conversations": []}])
+    return convert(tmp_path, name)[0]
+
+
+def test_osprey_keeps_the_regions_that_the_text_mentions(tmp_path: Path) -> None:
+    row = osprey(tmp_path, "osprey-presence", "Is <region2> a cat?", "No", "Is <region4> like <region2>?", "Yes")
+    assert turns(row) == ["<image>\nIs <region1> a cat?", "No", "Is <region2> like <region1>?", "Yes"]
+    assert row["masks"] == [MASKS[1], MASKS[3]] and row["image"] == "coco/imgs/000000057870.jpg"
+    row = osprey(tmp_path, "osprey-short", "What is <region1>?", "Cat")
+    assert turns(row) == [f"<image>\nWhat is <region1>?{SUFFIX}", "Cat"] and row["masks"] == MASKS[:1]
+
+
+def test_osprey_names_regions_that_an_answer_names(tmp_path: Path) -> None:
+    row = osprey(tmp_path, "osprey", "What is <region1>?\n<image>", "A cat on <region3>.", "And <region3>?", "A mat.")
+    assert turns(row) == [
+        "<image>\nThe image has these regions: region1 <region1>, region2 <region2>. What is region1?",
+        "A cat on region2.", "And region2?", "A mat."]
+    assert row["masks"] == [MASKS[0], MASKS[2]]
+
+
+def test_osprey_descriptions(tmp_path: Path) -> None:
+    row = osprey(tmp_path, "osprey-details", annotation=BOXES[:2],
+                 description=["<region1>: A cat.", "<region2>: A\nmat."])
+    first, cat, second, mat = turns(row)
+    assert (cat, mat) == ("A cat.", "A\nmat.") and row["masks"] == MASKS[:2] and row["type"] == "region detail"
+    assert first.startswith("<image>\n") and first.count("<region1>") == second.count("<region2>") == 1
+
+
+def test_osprey_questions(tmp_path: Path) -> None:
+    put(tmp_path / "q.json", [{"question_id": 0, "image": "1.jpg", "category": "description",
+                               "text": "What is <region>?", "annotation": BOXES[2]}])
+    row, = convert(tmp_path, "osprey-questions", "--split", "test", "--file", "q.json")
+    assert turns(row) == ["<image>\nWhat is <region1>?", "unknown"] and row["masks"] == [MASKS[2]]
+
+
+def test_osprey_mistakes(tmp_path: Path, capsys) -> None:
+    for texts, message in ((["Is <region5> a cat?", "No"], r"mentions regions \[5\], but the row has 4"),
+                           (["Is <region0> a cat?", "No"], r"mentions regions \[0\], but the row has 4")):
+        with pytest.raises(SystemExit):
+            osprey(tmp_path, "osprey", *texts)
+        assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        osprey(tmp_path, "osprey-details", description=["A cat."])
+    assert "expected '<region1>: text'" in capsys.readouterr().err
+
+
+# ---- mixes ----------------------------------------------------------------------------------------------------------
+
+def mix(tmp_path: Path, name: str, capsys) -> tuple[list[dict], str]:
+    capsys.readouterr()
+    return convert(tmp_path, name), capsys.readouterr().out
+
+
+def test_align_takes_what_is_there_and_no_test_image(tmp_path: Path, capsys) -> None:
+    rows = [(f"{i}.jpg", "train", ["a", "b"]) for i in range(20)] + [("7.jpg", "test", ["a"]), ("99.jpg", "val", ["a"])]
+    put(tmp_path / "rsicd" / "dataset_rsicd.json", karpathy(*rows))
+    write_rsvqa(tmp_path / "rsvqa-lr", "LR", "train", LR)
+    put(tmp_path / "whu-rs19" / "Airport" / "airport_01.jpg", "")
+    (tmp_path / "ucm").mkdir()
+    records, table = mix(tmp_path, "align", capsys)
+    assert Counter(row["id"].split("-")[0] for row in records) == {"rsicd": 38, "rsvqa": 3, "whu": 1}
+    assert not any(row["image"].endswith(("/7.jpg", "/99.jpg")) for row in records)
+    assert {row["image"].split("/")[0] for row in records} == {"rsicd", "rsvqa-lr", "whu-rs19"}
+    assert "rsicd/RSICD_images/3.jpg" in {row["image"] for row in records}
+    assert re.search(r"\nrsicd +38 +19 +2  val, test\n", table) and re.search(r"\nrsvqa-lr +3 +1 +0  nothing\n", table)
+    assert re.search(r"\nucm +absent .*dataset.json: not found", table) and re.search(r"\nnwpu +absent ", table)
+    assert all(f"\n{name} " in table for name in MIXES["align"])
+    ids = [row["id"] for row in records]
+    assert ids != sorted(ids) and ids == [row["id"] for row in mix(tmp_path, "align", capsys)[0]]
+
+
+def test_instruct_leaves_out_tiles_of_the_benchmark(tmp_path: Path, capsys) -> None:
+    def row(image: str) -> dict:
+        return {"image": image, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    question = {"image": "b.png", "text": "q", "category": "c", "ground_truth": "a"}
+    put(tmp_path / "fit-rs" / CORPORA["fit-rsfg-vqa"].file, json.dumps(question))
+    put(tmp_path / "fit-rs" / CORPORA["fit-rs-vqa"].file, [row("a.png"), row("b.png"), row("c.png")])
+    rows, table = mix(tmp_path, "instruct", capsys)
+    folder = "fit-rs/imgv2_split_512_100_vaild/"
+    assert sorted(row["image"] for row in rows) == [folder + "a.png", folder + "c.png"]
+    assert re.search(r"\nfit-rs-vqa +2 +2 +1  fit-rsfg-vqa\n", table)
+    put(tmp_path / "fit-rs" / CORPORA["fit-rs"].file, [row("a.png")])
+    rows, table = mix(tmp_path, "instruct", capsys)
+    assert [row["id"] for row in rows] == ["fit-rs-0"] and re.search(r"\nfit-rs-vqa +-  part of fit-rs\n", table)
+
+
+def test_wrong_mixes(tmp_path: Path, capsys) -> None:
+    root = ["--root", str(tmp_path)]
+    assert "align takes the train splits" in fails(tmp_path, capsys, "align", *root, "--split", "test")
+    assert "align takes the train splits" in fails(tmp_path, capsys, "align", *root, "--file", "x.json")
+    assert "instruct train: no record" in fails(tmp_path, capsys, "instruct", *root)
+
+
+# ---- broken files ---------------------------------------------------------------------------------------------------
+
+def mutate(rng: random.Random, value: object) -> object:
+    """One place of a JSON value is dropped or becomes something of another type or size."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        value = dict(value) if isinstance(value, dict) else list(value)
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = mutate(rng, value[key])
+        return value
+    return rng.choice([None, True, -1, 10 ** 400, float("nan"), 1e308, "", "\ud800", "<region9>", [], {}, [[]], [None],
+                       {"a": 1}, [[1, 2]]])
+
+
+CAPERA = {"ERA_caption": [{"video_id": "A_1.mp4", "annotation": {"English_caption": ["one"]}}]}
+NWPU = {"airport": [{"filename": "a.jpg", "split": "train", "raw": "A", "raw_1": "B", "raw_2": "C", "raw_3": "D",
+                     "raw_4": "E"}]}
+OSPREY = [{"file_name": "1.jpg", "annotation": BOXES, "conversations": [{"from": "human", "value": "Is <region1> it?"},
+                                                                        {"from": "gpt", "value": "<region2> is."}]}]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rsicd", karpathy(("1.jpg", "train", ["a", "b"]))), ("nwpu", NWPU), ("capera", CAPERA), ("llava", LLAVA),
+    ("coco-masks", coco(instance(0, 1, [0, 10, 40, 40]), instance(0, 2, [44, 20, 24, 8], segmentation=RLE))),
+    ("osprey", OSPREY), ("osprey-details", [{"file_name": "1", "annotation": BOXES, "description": ["<region1>: A"]}])])
+def test_broken_files_give_one_line(tmp_path: Path, name: str, content: object) -> None:
+    path, failed = tmp_path / CORPORA[name].file.replace("{split}", "train"), 0
+    for seed in range(150):
+        put(path, json.dumps(mutate(random.Random(seed), content)))
+        try:
+            json.dumps(list(records(name, tmp_path)))
+        except ValueError as error:
+            failed += 1
+            assert "\n" not in str(error) and str(path) in str(error), error
+    assert failed > 30
+
+
+def test_depths_that_python_does_not_read(tmp_path: Path, capsys) -> None:
+    for text in ("[" * 100_000, '{"images": ' + "9" * 5000 + "}"):
+        put(tmp_path / "dataset_rsicd.json", text)
+        line = fails(tmp_path, capsys, "rsicd", "--root", str(tmp_path))
+        assert "dataset_rsicd.json: JSON that cannot be read" in line
