@@ -1,10 +1,9 @@
 """Masks against pycocotools: polygons of many kinds, run lengths compressed and not, every pixel equal."""
 import numpy as np
+import pycocotools.mask as coco
 import pytest
 
 from masks import decode_mask, fill_polygon
-
-coco = pytest.importorskip("pycocotools.mask")
 
 
 def published(polygons, w, h):
