@@ -5,12 +5,14 @@ Pictures to look at: predictions as one HTML page, and where an image token look
     python gallery.py --model DIR --image scene.png --token 1,2 --layer 4 --out attention.png
 
 - A caption is neither right nor wrong; under "worst first" its own BLEU-1 places it among the questions.
+- The masks of a row lie on its first image, each in its color and with its number, <region1> first.
 - `--layer tokens` is the first SFI, a number MDA's SFI before that LM layer. The LM is causal: words after <image>
   cannot change what MDA asks, words before it can.
 """
 import argparse
 import base64
 import io
+import json
 import math
 import os
 import pathlib
@@ -24,29 +26,31 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aquila import find, load_model
-from data import encode_turns, fit_image, image_names, load_image, open_image, to_tensor
-from evaluate import read_rows, score
+from data import encode_turns, fit_image, image_names, load_image, load_masks, open_image, to_tensor
+from evaluate import read_rows, references_of, score
 from llama import load_tokenizer
 from metrics import bleu, normalize_answer
 
 SIDE = 320                                  # of pictures on the page, at most, and of attention panels, in pixels
 SHEET = 60                                  # predictions on the contact sheet
 COLORS = {"right": "#1b6e3c", "wrong": "#b3261e", "caption": "#34557a"}
+# Of regions, in turn; the first are colors that the ground seldom has.
+REGIONS = ((255, 50, 220), (60, 225, 255), (255, 230, 60), (255, 140, 20), (90, 255, 130), (160, 110, 255))
 # Viridis (github.com/BIDS/colormap, CC0) at equal steps: lighter is more, in gray and to the color-blind as well.
 RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 
 
 def graded(path):
-    """The predictions of a file, each with truth (texts), points (0 to 1), state, verdict and pictures (names)."""
+    """The predictions of a file, each with truth (texts), points (0 to 1), state, verdict and pictures (keys)."""
     rows = [{"id": n, "type": "question", "question": "", **row} for n, row in enumerate(read_rows(path), 1)]
     for number, row in enumerate(rows, 1):
-        truth = row.get("references") or [row.get("answer")]
-        texts = [row["question"], row["type"], *image_names(row), *(truth if isinstance(truth, list) else [None])]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{path}, line {number}: question, type, image, answer and each reference must be a text")
-        row["truth"], row["pictures"] = truth, image_names(row) or [None]
-        if row.get("references"):
-            row["points"] = bleu([row["prediction"]], [truth])[0]
+        names, masks = image_names(row), row.get("masks", [])
+        if not all(isinstance(text, str) for text in [row["question"], *names]) or not isinstance(masks, list):
+            raise ValueError(f"{path}, line {number}: question and image must be texts, masks a list")
+        row["truth"] = references_of(row) or [row["answer"]]
+        row["pictures"] = [(name, json.dumps([] if i else masks)) for i, name in enumerate(names)] or [(None, "[]")]
+        if references_of(row):
+            row["points"] = bleu([row["prediction"]], [row["truth"]])[0]
             row["state"], row["verdict"] = "caption", f"BLEU-1 {100 * row['points']:.0f}"
         else:
             row["points"] = int(normalize_answer(row["prediction"]) == normalize_answer(row["answer"]))
@@ -54,17 +58,46 @@ def graded(path):
     return rows
 
 
+def draw_masks(image, masks):
+    """
+    Masks (R, h, w) bool, of the picture before it was made smaller, laid on an RGB image of any size: a light fill, an
+    outline and the number of the region. A region of less than a pixel keeps one.
+    """
+    out, numbers = np.array(image, dtype=float), []
+    for i, mask in enumerate(masks):
+        small = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX)
+        inside = np.array(small) > 127 if (np.array(small) > 127).any() else np.array(small) > 0
+        wide = np.pad(inside, 1)
+        edge = inside & ~(wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:])
+        color = np.array(REGIONS[i % len(REGIONS)])
+        out[inside] = 0.7 * out[inside] + 0.3 * color
+        out[edge] = color
+        pixels = np.argwhere(inside)
+        (top, left), (bottom, right) = pixels.min(0), pixels.max(0)
+        y, x = pixels[len(pixels) // 2]                    # the number lies on the region, whatever its shape
+        if min(right - left, bottom - top) < 20:           # beside one that it would hide
+            y, x = (top + bottom) // 2, right + 8 if right + 16 < image.width else max(left - 8, 8)
+        numbers.append((int(x), int(y), str(i + 1), tuple(int(c) for c in color)))
+    out = Image.fromarray(out.round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(13)
+    for x, y, number, color in numbers:
+        draw.text((x, y), number, color, font, anchor="mm", stroke_width=2, stroke_fill="black")
+    return out
+
+
 def thumbnails(rows, root):
-    """{image name: JPEG bytes, or the line that says why there is no picture}"""
-    found = {None: "no image, text only"}
-    for name in {name for row in rows for name in image_names(row)}:
+    """{(image name, masks as JSON): JPEG bytes, or the line that says why there is no picture}"""
+    found = {(None, "[]"): "no image, text only"}
+    for name, masks in {key for row in rows for key in row["pictures"] if key[0]}:
         try:
             image, file = load_image(name, root), io.BytesIO()
+            regions = load_masks({"masks": json.loads(masks)}, root, image.size)
             image.thumbnail((SIDE, SIDE))
-            image.save(file, "JPEG", quality=85)
-            found[name] = file.getvalue()
+            # JPEG halves the colors' detail unless told not to, and outlines are one pixel wide.
+            draw_masks(image, regions).save(file, "JPEG", quality=85, subsampling=0 if len(regions) else 2)
+            found[name, masks] = file.getvalue()
         except (ValueError, OSError) as e:
-            found[name] = str(e)
+            found[name, masks] = str(e)
     return found
 
 
@@ -78,6 +111,7 @@ article { background: white; border-top: 6px solid; border-radius: 4px; padding:
 article[hidden] { display: none } article p { color: #222; margin: 4px 0; white-space: pre-line } i { color: #555 }
 img { width: 100% } .right { color: $right } .wrong { color: $wrong } .caption { color: $caption }</style>
 <h1>$title</h1><p>$count</p><table><tr><th>score<th>percent<th>predictions</tr>$scores</table>
+<details $hidden><summary>more on some types</summary><table>$more</table></details>
 <form onsubmit="return false" autocomplete="off">
 <label>type <select name="type"><option value="">all</option>$types</select></label>
 <label>show <select name="show"><option value="">all</option><option>right<option>wrong<option>caption</select></label>
@@ -106,20 +140,23 @@ CARD = Template("""<article class="$state" data-type="$type" data-order="$order"
 def page(title, rows, shown, pictures):
     """The page as text: scores of all rows, cards of those shown."""
     note = f", {len(shown):,} of them below, evenly spread" if len(shown) < len(rows) else ""
-    scores = [f"<tr><td>{escape(name)}<td>{value:.1f}<td>{n:,}</tr>" for name, (value, n) in score(rows).items()]
+    figures = {name: f"<tr><td>{escape(name)}<td>{value:.1f}<td>{n:,}</tr>" for name, (value, n) in score(rows).items()}
+    scores = ["".join(line for name, line in figures.items() if (": " in name) == more) for more in (False, True)]
     types = [f'<option value="{kind}">{kind}</option>' for kind in sorted({escape(row["type"]) for row in shown})]
     html, cards = {}, []
-    for name, picture in pictures.items():
+    for key, picture in pictures.items():
         if isinstance(picture, str):
-            html[name] = f"<p>{escape(picture)}</p>"
+            html[key] = f"<p>{escape(picture)}</p>"
         else:
-            html[name] = f'<img src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}" alt="{escape(name)}">'
+            data = base64.b64encode(picture).decode()
+            html[key] = f'<img src="data:image/jpeg;base64,{data}" alt="{escape(key[0])}">'
     for order, row in enumerate(shown):
         texts = {**row, "truth": "\n".join(row["truth"])}
         cards.append(CARD.substitute({key: escape(str(text)) for key, text in texts.items()}, order=order,
                                      images="".join(map(html.get, row["pictures"]))))
     return PAGE.substitute(COLORS, title=escape(title), count=f"{len(rows):,} predictions{note}",
-                           scores="".join(scores), types="".join(types), cards="".join(cards))
+                           scores=scores[0], more=scores[1], hidden="" if scores[1] else "hidden",
+                           types="".join(types), cards="".join(cards))
 
 
 def contact_sheet(rows, pictures, columns=6, side=212, height=322):
@@ -151,8 +188,8 @@ def gallery(args, out):
     html, sheet = page(pathlib.Path(args.predictions).name, rows, shown, pictures), contact_sheet(worst, pictures)
     write(out, lambda name: pathlib.Path(name).write_text(html, encoding="utf-8", errors="replace"))
     write(out.with_suffix(".png"), lambda name: sheet.save(name, "PNG"))
-    missing = sum(isinstance(picture, str) for name, picture in pictures.items() if name)
-    print(f"{n} of {len(rows)} predictions in {out} and {out.with_suffix('.png')}; {missing} images could not be read")
+    missing = sum(isinstance(picture, str) for (name, _), picture in pictures.items() if name)
+    print(f"{n} of {len(rows)} predictions in {out} and {out.with_suffix('.png')}; {missing} images could not be shown")
 
 
 def sfi_weights(model, images, layer="tokens", ids=None):
@@ -167,7 +204,7 @@ def sfi_weights(model, images, layer="tokens", ids=None):
     # The hook sees the queries and the pyramid that the model itself hands to this SFI.
     watch = lambda sfi, given, out: seen.append(sfi.attention(sfi.wq(given[0]), given[1]))
     with sfi.register_forward_hook(watch), torch.inference_mode():
-        model.look(images) if layer == "tokens" else model({"ids": ids, "images": images})
+        model.look(model.see(images)) if layer == "tokens" else model({"ids": ids, "images": images})
     return [a.mean(dim=2).float().cpu().numpy() for a in seen[0]]
 
 

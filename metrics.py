@@ -1,4 +1,5 @@
-"""How answers are scored: BLEU-1..4, ROUGE-L, CIDEr and accuracy, in plain Python (Aquila Sec. 4.2, Tables 3 and 4).
+"""How answers are scored, in plain Python: BLEU-1..4, ROUGE-L, CIDEr, accuracy (Aquila Sec. 4.2, Tables 3 and 4), and
+for regions POPE, semantic IoU and the nearest class name (Aquila-plus).
 
 The caption metrics equal pycocoevalcap's on the same tokens. METEOR and SPICE are refused: both are Java programs with
 data files of their own, and a look-alike would print numbers that compare with nobody's. A text is a string, which
@@ -161,15 +162,19 @@ def cider(predictions: list[Text], references: list[list[Text]], sigma: float = 
     return 10 * total / 4 / len(pairs)
 
 
-def score_captions(predictions: list[Text], references: list[list[Text]],
-                   metrics: tuple[str, ...] = ("bleu", "rouge-l", "cider")) -> dict[str, float]:
-    """{"BLEU-1": ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr": ...}."""
+def check_metrics(metrics: list[str]) -> None:
     for metric in metrics:
         if metric in ("meteor", "spice"):
             raise ValueError(f"{metric} is not computed here: it is a Java program with its own word lists, to be run "
                              "on the predictions. Here: bleu, rouge-l, cider")
         if metric not in ("bleu", "rouge-l", "cider"):
             raise ValueError(f"unknown caption metric '{metric}'; known: bleu, rouge-l, cider")
+
+
+def score_captions(predictions: list[Text], references: list[list[Text]],
+                   metrics: list[str] = ("bleu", "rouge-l", "cider")) -> dict[str, float]:
+    """{"BLEU-1": ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr": ...}."""
+    check_metrics(metrics)
     scores = {}
     if "bleu" in metrics:
         scores |= {f"BLEU-{n}": score for n, score in enumerate(bleu(predictions, references), start=1)}
@@ -242,3 +247,61 @@ def mean_over_types(scores: dict[str, tuple[int, int]]) -> float:
     """RSVQA's average accuracy: every type weighs the same, however many questions it has."""
     fractions = [right / asked for key, (right, asked) in scores.items() if key != "all"]
     return sum(fractions) / len(fractions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regions
+
+def word_set(text: str) -> set[str]:
+    """Lower-case words; whatever is no letter or digit parts them, so that "Small_Vehicle" is two."""
+    return set(re.findall(r"[^\W_]+", text.lower()))
+
+
+def says_yes(text: str) -> bool:
+    """A free answer read as yes or no by POPE's rule (github.com/AoiDragon/POPE, evaluate.py), case and marks apart.
+
+    "no" if the first sentence, which ends at the first period, has the word "no" or "not"; else "yes". So an answer
+    that is neither, "2" or an empty one, counts as yes; `accuracy` counts it as wrong.
+    """
+    return not {"no", "not"} & word_set(text.split(".")[0])
+
+
+def pope(predictions: list[str], answers: list[str]) -> dict[str, float]:
+    """Does the model see what is not there? Of questions whose answer is yes or no, with yes as the positive class:
+
+    accuracy = (TP + TN) / all, precision = TP / (TP + FP), recall = TP / (TP + FN), F1 = 2 P R / (P + R),
+    share of yes = (TP + FP) / all. 0 / 0 is 0. Both texts are read by `says_yes`.
+    """
+    if len(predictions) != len(answers) or not answers:
+        raise ValueError(f"{len(predictions)} predictions, {len(answers)} answers; expected as many, and at least one")
+    cases = Counter((says_yes(prediction), says_yes(answer)) for prediction, answer in zip(predictions, answers))
+    both = cases[True, True]
+    said, true = both + cases[True, False], both + cases[False, True]
+    return {"accuracy": (both + cases[False, False]) / len(answers), "precision": both / max(1, said),
+            "recall": both / max(1, true), "F1": 2 * both / max(1, said + true), "share of yes": said / len(answers)}
+
+
+def semantic_iou(prediction: str, answer: str) -> float:
+    """Words in both / words in either, as sets (Osprey's S-IoU); 0 if there is none. "a big ship", "ship": 1/3."""
+    a, b = word_set(prediction), word_set(answer)
+    return len(a & b) / max(1, len(a | b))
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of letters to put in, take out or exchange that makes b of a."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        previous, row = row, [i]
+        for j, other in enumerate(b):
+            row.append(min(previous[j] + (letter != other), previous[j + 1] + 1, row[j] + 1))
+    return row[-1]
+
+
+def nearest_class(prediction: str, classes: list[str]) -> str:
+    """The class name that a free answer means: the one with the largest semantic IoU; of several, as when no word is
+    shared, the one with the least edit distance (lower case); of several again, the first. Every answer gets a class.
+    """
+    if not classes:
+        raise ValueError("no class names were given")
+    return min(classes, key=lambda name: (-semantic_iou(prediction, name),
+                                          edit_distance(prediction.lower().strip(), name.lower())))

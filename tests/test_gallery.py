@@ -89,6 +89,42 @@ def test_scores_and_contact_sheet(folder):
     assert worst_first == colors
 
 
+def test_masks_lie_where_they_are_with_their_numbers(folder):
+    """A box over the left half of a 640 x 100 image, another over one pixel: shrunk by two, the second keeps one."""
+    masks = [[[0, 0, 320, 0, 320, 100, 0, 100]], {"bbox": [600, 50, 1, 1]}]
+    rows = [{**ROWS[0], "masks": masks}, ROWS[0], {**ROWS[0], "masks": [{"bbox": [640, 0, 9, 9]}]}]
+    write_rows(folder, [{**row, "id": str(i)} for i, row in enumerate(rows)])
+    run(folder, "pred.jsonl", "--out", "gallery.html")
+    drawn, plain, broken = articles(folder)
+    picture, other = (np.array(Image.open(io.BytesIO(base64.b64decode(re.findall(r'base64,([^"]*)"', card)[0]))), int)
+                      for card in (drawn, plain))
+    assert picture.shape == other.shape == (50, 320, 3)
+    assert (abs(other - (0, 0, 254)) < 3).all()                        # nothing is drawn where there is no mask
+    assert (abs(picture - other).max(-1)[5:45, 200:280] < 16).all()    # nor outside of them
+    fill = 0.7 * np.array((0, 0, 255)) + 0.3 * np.array(gallery.REGIONS[0])
+    assert (abs(picture[5:45, 10:140] - fill) < 12).all()
+    assert abs(picture[0, 3:150] - gallery.REGIONS[0]).mean() < 25     # the outline; JPEG blurs it
+    assert abs(picture[25, 300] - other[25, 300]).max() > 30           # the pixel, its number beside it
+    assert "<img" not in broken and "is empty on an image of 640 x 100" in broken
+    assert (folder / "gallery.png").is_file()
+
+
+def test_a_number_lies_on_its_region():
+    """The middle of a C lies outside it."""
+    mask = np.zeros((1, 60, 60), bool)
+    mask[0, 5:55, 5:55], mask[0, 15:45, 15:] = True, False
+    plain = gallery.draw_masks(Image.new("RGB", (60, 60)), mask)
+    black = (np.array(plain) == 0).all(-1)
+    assert black[20:40, 30:55].all() and not black[mask[0]].all()
+
+
+def test_region_sentences_are_captions_not_wrong_answers(folder):
+    write_rows(folder, [{**ROWS[0], "type": "region caption", "answer": "two red ships", "prediction": "two ships"}])
+    run(folder, "pred.jsonl", "--out", "gallery.html")
+    card, = articles(folder)
+    assert 'class="caption"' in card and "<b>BLEU-1 61</b>" in card              # exp(1 - 3 / 2)
+
+
 def test_limit_spreads_over_the_file_and_scores_all(folder):
     write_rows(folder, [{**ROWS[3], "id": f"row{i}", "prediction": "yes" if i % 2 else "no"} for i in range(1000)])
     run(folder, "pred.jsonl", "--out", "gallery.html", "--limit", 4)
@@ -105,11 +141,10 @@ GOOD = json.dumps(ROWS[0])
     ("", (), "no predictions"),
     (GOOD + '\n{"id": 1, "predic', (), "line 2: not valid JSON"),
     (GOOD + '\n{"prediction": "x"}', (), "line 2: expected 'prediction' and 'answer' or 'references'"),
-    (GOOD + '\n{"prediction": "x", "answer": 2}', (), "line 2: question, type"),
-    (GOOD + '\n{"prediction": "x", "references": 2}', (), "line 2: question, type"),
-    (GOOD + '\n{"prediction": "x", "references": "one"}', (), "line 2: question, type"),
-    (GOOD + '\n{"prediction": "x", "references": [], "answer": null}', (), "line 2: question, type"),
-    (GOOD + '\n{"prediction": "x", "answer": "x", "image": [3]}', (), "line 2: question, type"),
+    (GOOD + '\n{"prediction": "x", "answer": 2}', (), "line 2: answer 2: expected a text"),
+    (GOOD + '\n{"prediction": "x", "references": "one"}', (), "line 2: references 'one': expected a list of texts"),
+    (GOOD + '\n{"prediction": "x", "answer": "x", "image": [3]}', (), "line 2: question and image must be texts"),
+    (GOOD + '\n{"prediction": "x", "answer": "x", "masks": "a.png"}', (), "line 2: question and image must be"),
     (GOOD, ("--limit", 0), "--limit 0: expected at least 1"),
     (GOOD, ("--out", "page.png"), "--out page.png: expected a name that ends in .html"),
     (GOOD, ("--out", "none/page.html"), "in a folder that is there"),
@@ -181,7 +216,7 @@ def test_weights_are_those_of_an_mda_layer(config, model, images):
     seen = {}
     model.llm(x, between=lambda i, x: between(i, seen.setdefault(i, x)))
     hidden = seen[2][ids < 0].view(2, 4, -1)
-    expected = plain_attention(model.mda["2"].sfi, model.mda["2"].norm(hidden), model.look(images)[0])
+    expected = plain_attention(model.mda["2"].sfi, model.mda["2"].norm(hidden), model.look(model.see(images))[0])
     assert np.allclose(np.concatenate(weights, -1), expected, atol=1e-5)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from metrics import (accuracy, best_constant, bleu, cider, mean_over_types, normalize_answer, rouge_l,  # noqa: E402
-                     score_captions, tokenize)
+from metrics import (accuracy, best_constant, bleu, cider, edit_distance, mean_over_types, nearest_class,  # noqa: E402
+                     normalize_answer, pope, rouge_l, says_yes, score_captions, semantic_iou, tokenize)
 
 
 @pytest.mark.parametrize("text, tokens", [
@@ -164,3 +164,53 @@ def test_accuracy_counts_every_type() -> None:
 def test_accuracy_refuses(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accuracy(*arguments)
+
+
+@pytest.mark.parametrize("text, yes", [
+    ("Yes", True), ("no", False), ("No, there is none.", False), ("NO!", False), ("There is not any ship", False),
+    ("Yes. There is no doubt", True), ("a notable ship", True), ("2", True), ("", True),
+])
+def test_says_yes(text: str, yes: bool) -> None:
+    assert says_yes(text) == yes
+
+
+def test_pope_by_hand() -> None:
+    """TP 2, FP 2, FN 1, TN 2 of 7."""
+    predictions = ["yes", "Yes.", "no", "No, there is none", "it is not there", "yes", "a ship"]
+    scores = pope(predictions, ["yes", "no", "yes", "no", "no", "yes", "no"])
+    assert scores == pytest.approx({"accuracy": 4 / 7, "precision": 1 / 2, "recall": 2 / 3,
+                                    "F1": 2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3), "share of yes": 4 / 7})
+
+
+def test_pope_of_a_model_that_never_says_yes() -> None:
+    assert list(pope(["no", "no"], ["yes", "no"]).values()) == [0.5, 0, 0, 0, 0]
+    for predictions, answers in (([], []), (["no"], ["no", "yes"])):
+        with pytest.raises(ValueError, match="at least one"):
+            pope(predictions, answers)
+
+
+@pytest.mark.parametrize("prediction, answer, value", [
+    ("ship", "ship", 1), ("A big, big ship.", "ship", 1 / 3), ("small ship", "large ship", 1 / 3),
+    ("Small_Vehicle", "small vehicle", 1), ("ships", "ship", 0), ("", "ship", 0), ("", "", 0),
+])
+def test_semantic_iou(prediction: str, answer: str, value: float) -> None:
+    assert semantic_iou(prediction, answer) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("prediction, name", [
+    ("a large gray ship", "ship"), ("large vehicle", "large vehicle"), ("a vehicle", "vehicle"),
+    ("ships", "ship"), ("Plain", "plane"), ("vehicle ship", "vehicle"), ("", "ship"),
+])
+def test_nearest_class(prediction: str, name: str) -> None:
+    """Words first, also of longer names; with no word in common, or as many, the fewest letters to change."""
+    assert nearest_class(prediction, ["large vehicle", "plane", "vehicle", "ship"]) == name
+
+
+def test_nearest_class_takes_the_first_of_equals_and_needs_one() -> None:
+    assert nearest_class("x", ["b", "a"]) == "b"
+    with pytest.raises(ValueError, match="no class names"):
+        nearest_class("x", [])
+
+
+def test_edit_distance() -> None:
+    assert [edit_distance(a, b) for a, b in (("kitten", "sitting"), ("", "abc"), ("ship", "ship"))] == [3, 3, 0]
