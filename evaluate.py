@@ -15,71 +15,23 @@ list, for a caption); id, image, question, type, sampling and masks if known. --
 question_id, ground_truth and answer. metrics.py defines the metrics; `score` says which rows get which.
 """
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
-import re
 import sys
 import time
-from collections import Counter
 
 import torch
 from torch.utils.data import DataLoader
 
-import corpora
 import metrics
 import scenes
 from aquila import find, load_model
+from benchmarks import BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity, sanity_rows
 from data import Records, check_form, collate, read_records
 from llama import load_tokenizer
+from metrics import SENTENCES, references_of
 
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """A row of the paper's Table 1, and the metric of its Table 3 or 4."""
-    title: str
-    split: str
-    metric: str
-
-
-BENCHMARKS = {                              # by the name of the corpus in corpora.py
-    "rsicd": Benchmark("RSICD", "test", "BLEU-1"),
-    "sydney": Benchmark("Sydney", "test", "BLEU-1"),
-    "ucm": Benchmark("UCM", "test", "BLEU-1"),
-    "fit-rsfg-captions": Benchmark("FIT-RSFG-Captions", "val", "BLEU-1"),
-    "rsvqa-lr": Benchmark("RSVQA-LR", "test", "accuracy"),
-    "rsvqa-hr": Benchmark("RSVQA-HR", "test", "accuracy"),
-    "fit-rsfg-vqa": Benchmark("FIT-RSFG-VQA", "val", "accuracy"),
-}
-# Theirs: the paper's Tables 3 and 4, columns in the order of BENCHMARKS; the baseline rows are its Table 5.
-PUBLISHED = {
-    "BLEU-1": {
-        "LLaVA1.5-7B": (55.26, 52.21, 57.58, 15.38),
-        "GeoChat": (45.86, 39.79, 44.09, 8.79),
-        "RSGPT": (70.32, 82.26, 86.12, None),
-        "SkySenseGPT": (None, None, None, 27.31),
-        "Aquila, baseline": (None, None, None, 26.67),
-        "its baseline + MDA": (None, None, None, 29.22),
-        "its baseline + SFI": (None, None, None, 32.29),
-        "Aquila": (74.6, 83.42, 88.25, 35.08),
-    },
-    "accuracy": {
-        "LLaVA1.5-7B": (65.86, 53.99, 58.59),
-        "GeoChat": (91.81, 70.82, 53.47),
-        "RSGPT": (92.29, 92.15, None),
-        "LHRS-Bot": (89.19, 92.55, None),
-        "H2RSVLM": (89.12, 74.35, None),
-        "SkyEyeGPT": (88.23, 86.87, None),
-        "SkySenseGPT": (92.69, 82.56, 79.76),
-        "Aquila, baseline": (None, None, 75.29),
-        "its baseline + MDA": (None, None, 79.93),
-        "its baseline + SFI": (None, None, 82.14),
-        "Aquila": (92.72, 92.64, 83.87),
-    },
-}
-CONSTANT = {"rsicd": "many buildings and some green trees are in a school"}      # one caption for every image
-SENTENCES = ("region caption", "region detail", "region reasoning")              # types scored as captions
 YES_NO = ("presence", "region presence")                                         # types that get POPE's figures
 
 
@@ -139,9 +91,11 @@ def prediction_row(row):
     references = row.get("references") or []
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise ValueError(f"references {str(references)[:60]!r}: expected a list of texts")
-    for key in ("answer", "type", "sampling"):
-        if not isinstance(row.get(key, None if key == "answer" and not references else ""), str):
-            raise ValueError(f"{key} {str(row.get(key))[:60]}: expected a text")
+    texts = {"answer": row.get("answer", "" if references else None), "type": row.get("type", ""),
+             "sampling": row.get("sampling", "")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{key} {str(value)[:60]}: expected a text")
     return row
 
 
@@ -166,39 +120,29 @@ def read_rows(path):
     return rows
 
 
-def is_sentence(row):
-    return row.get("type") in SENTENCES
-
-
-def references_of(row):
-    """The texts that a row is compared with as a caption; None for a question, which is right or wrong."""
-    return row.get("references") or ([row["answer"]] if is_sentence(row) else None)
-
-
 def score(rows, wanted=None):
     """
     Prediction rows -> {name: (value in percent, how many rows it counts)}; "type: figure" is of one type of rows.
 
     - Captions: BLEU-1..4, ROUGE-L and CIDEr, or those wanted; no CIDEr of one row alone. SENTENCES apart, type by type.
-    - All others: accuracy, see score_questions. Types in YES_NO also get POPE's figures, for each `sampling` of the
-      negatives as well; "region class" gets what score_classes says.
+    - All others: accuracy, see score_questions. Types in YES_NO also get POPE's figures, see score_yes_no, and "region
+      class" what score_classes says.
     """
-    scores, questions = {}, [row for row in rows if not references_of(row)]
-    for kind in ("", *SENTENCES):
-        group = [row for row in rows if references_of(row) and kind == (row["type"] if is_sentence(row) else "")]
-        if group:
-            names = wanted or (("bleu", "rouge-l", "cider") if len(group) > 1 else ("bleu", "rouge-l"))
-            found = metrics.score_captions([row["prediction"] for row in group], [*map(references_of, group)], names)
-            scores |= in_percent(found, len(group), kind)
+    captions, questions = {}, []
+    for row in rows:
+        if references_of(row):
+            captions.setdefault(row["type"] if row.get("type") in SENTENCES else "", []).append(row)
+        else:
+            questions.append(row)
+    scores = {}
+    for kind, group in sorted(captions.items()):
+        names = wanted or (("bleu", "rouge-l", "cider") if len(group) > 1 else ("bleu", "rouge-l"))
+        found = metrics.score_captions([row["prediction"] for row in group], [*map(references_of, group)], names)
+        scores |= in_percent(found, len(group), kind)
     if questions:
         scores |= score_questions(questions)
     for kind in YES_NO:
-        group = [row for row in questions if row.get("type") == kind
-                 and metrics.normalize_answer(row["answer"]) in ("yes", "no")]
-        for sampling in ("", *sorted({row["sampling"] for row in group if row.get("sampling")})) if group else ():
-            part = [row for row in group if sampling in ("", row.get("sampling"))]
-            found = metrics.pope([row["prediction"] for row in part], [row["answer"] for row in part])
-            scores |= in_percent(found, len(part), f"{kind}, POPE {sampling}".rstrip())
+        scores |= score_yes_no(questions, kind)
     group = [row for row in questions if row.get("type") == "region class"]
     if group:
         scores |= in_percent(score_classes(group), len(group), "region class")
@@ -209,13 +153,16 @@ def in_percent(found, n, heading):
     return {f"{heading}: {name}" if heading else name: (100 * value, n) for name, value in found.items()}
 
 
+def said_and_true(rows):
+    return [row["prediction"] for row in rows], [row["answer"] for row in rows]
+
+
 def score_questions(rows):
     """
     Accuracy over all questions (the paper's), of each type, and the mean over types. Later papers leave RSVQA's counts
     and areas out: where there are any, both figures stand there without them as well.
     """
-    counts = metrics.accuracy([row["prediction"] for row in rows], [row["answer"] for row in rows],
-                              [row.get("type", "question") for row in rows])
+    counts = metrics.accuracy(*said_and_true(rows), [row.get("type", "question") for row in rows])
     scores = {("accuracy" if kind == "all" else kind): (100 * right / n, n) for kind, (right, n) in counts.items()}
     some = {kind: value for kind, value in counts.items() if kind not in ("all", "count", "area")}
     if len(counts) > 2:
@@ -224,6 +171,19 @@ def score_questions(rows):
         right, n = map(sum, zip(*some.values()))
         scores["without count, area"] = 100 * right / n, n
         scores["its mean over types"] = 100 * metrics.mean_over_types(some), n
+    return scores
+
+
+def score_yes_no(rows, kind):
+    """POPE's figures of one type's questions whose answer is yes or no: of all, and by the `sampling` of negatives."""
+    rows = [row for row in rows
+            if row.get("type") == kind and metrics.normalize_answer(row["answer"]) in ("yes", "no")]
+    parts = {"": rows} if rows else {}
+    for sampling in sorted({row["sampling"] for row in rows if row.get("sampling")}):
+        parts[sampling] = [row for row in rows if row.get("sampling") == sampling]
+    scores = {}
+    for sampling, part in parts.items():
+        scores |= in_percent(metrics.pope(*said_and_true(part)), len(part), f"{kind}, POPE {sampling}".rstrip())
     return scores
 
 
@@ -255,132 +215,6 @@ def print_table(columns):
         print(f"{figure:{width}}{first[name][1]:9,}{cells}")
     if any(name.endswith("BLEU-1") and n == 1 for name, (_, n) in first.items()):
         print("no CIDEr of a single caption: it weighs words by how many images of the set mention them")
-
-
-# ---------------------------------------------------------------------------------------------- sanity
-
-SANITY = """Without a model, so that a number can be judged:
-- best constant: one answer to everything, chosen with this split's answers known: of all reference captions the one
-  with the highest BLEU-1; of questions the most common answer of each type
-- true class: for each image the most common caption, in the train split, of its true scene class"""
-
-
-def most_common(counts):
-    """Of equals the first by alphabet."""
-    return min(counts, key=lambda text: (-counts[text], text))
-
-
-def constant_rows(rows):
-    """The best single answers: one caption for all, the most common answer of each type."""
-    captions, answers = [references_of(row) for row in rows if references_of(row)], {}
-    if captions:
-        best, _ = metrics.best_constant(captions, sorted({text for references in captions for text in references}))
-    for row in rows:
-        if not references_of(row):
-            answers.setdefault(row.get("type"), Counter())[row["answer"]] += 1
-    return [{**row, "prediction": best if references_of(row) else most_common(answers[row.get("type")])}
-            for row in rows]
-
-
-def scene_class(image, benchmark, listed):
-    """The class by classes.json ({file name: class}); else RSICD's airport_7.jpg; UCM has 100 numbers a class."""
-    name = pathlib.Path(image).name
-    letters, digits = re.match(r"([A-Za-z]*)_?(\d*)", name).groups()
-    if name in listed:
-        return listed[name]
-    return (int(digits) - 1) // 100 if benchmark == "ucm" and digits else letters
-
-
-def true_class_rows(rows, benchmark, root):
-    """Rows answered with the most common train caption of the image's class; None where names tell no class."""
-    if "train" not in corpora.CORPORA[benchmark].splits:
-        return None
-    listed, counts = pathlib.Path(root, "classes.json"), {}
-    listed = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
-    for record in corpora.records(benchmark, root, "train"):
-        kind = scene_class(record["image"], benchmark, listed)
-        counts.setdefault(kind, Counter())[record["conversations"][1]["value"]] += 1
-    kinds = [scene_class(row["image"], benchmark, listed) for row in rows]
-    if len(counts) < 2 or not all(kind in counts for kind in kinds):
-        return None
-    return [{**row, "prediction": most_common(counts[kind])} for row, kind in zip(rows, kinds)]
-
-
-def sanity(rows, benchmark, root, wanted):
-    """{heading: scores} of answers that need no model."""
-    found = {"best constant": constant_rows(rows)}
-    if benchmark in CONSTANT:
-        found = {"constant": [{**row, "prediction": CONSTANT[benchmark]} for row in rows], **found}
-    if BENCHMARKS[benchmark].metric == "BLEU-1":
-        found["true class"] = true_class_rows(rows, benchmark, root)
-    return {heading: score(answered, wanted) for heading, answered in found.items() if answered}
-
-
-# ---------------------------------------------------------------------------------------------- benchmarks
-
-def benchmark_jobs(args):
-    """{benchmark: (split, records, folder)}. With "all", what is not there is said and skipped."""
-    everything = args.benchmark == "all"
-    if args.benchmark not in (*BENCHMARKS, "all") or not args.root:
-        raise ValueError(f"--benchmark {args.benchmark} --root {args.root}: expected one of {', '.join(BENCHMARKS)} or "
-                         "all, and its folder")
-    if everything and args.split:
-        raise ValueError(f"--split {args.split} goes with one benchmark; all takes the splits of the paper's Table 1")
-    jobs, left_out = {}, args.leave_out.split(",")
-    for name in BENCHMARKS if everything else [args.benchmark]:
-        root, split = pathlib.Path(args.root, name if everything else ""), args.split or BENCHMARKS[name].split
-        if everything and not root.is_dir():
-            print(f"{name}: no folder {root}, skipped")
-            continue
-        records = [record for record in corpora.records(name, root, split, raw_answers=args.raw_answers)
-                   if record.get("type") not in left_out]
-        if records:
-            jobs[name] = split, checked(records, args.limit), root
-        elif everything:
-            print(f"{name}: {root} has no record of split {split}, skipped")
-        else:
-            raise ValueError(f"{name}: {root} has no record of split {split} (left out: {args.leave_out or 'nothing'})")
-    if not jobs:
-        raise ValueError(f"--root {args.root}: nothing to ask; expected sub-folders named {', '.join(BENCHMARKS)}")
-    return jobs
-
-
-def run_benchmarks(model, tokenizer, jobs, args):
-    results, model_name = {}, args.model or ""
-    for name, (split, records, root) in jobs.items():
-        out = pathlib.Path(args.out) if args.out else None
-        if out and args.benchmark == "all":
-            out = out.with_stem(f"{out.stem}-{name}")
-        columns = answer_columns(model, tokenizer, records, root, args, out) if model else {}
-        columns |= sanity([row_of(record, "") for record in records], name, root, args.metrics)
-        print(f"\n{BENCHMARKS[name].title}, {split} split, {len(records):,} records, {model_name or 'no model'}")
-        print_table(columns)
-        results[name] = split, columns
-    print(f"\n{SANITY}" + "".join(f"\n- constant: \"{CONSTANT[name]}\"" for name in results if name in CONSTANT))
-    print_published(results, args.benchmark == "all")
-
-
-def print_published(results, everything=False):
-    """The paper's Tables 3 and 4 with ours below. results: {benchmark: (split, {heading: scores})}."""
-    for metric, theirs in PUBLISHED.items():
-        names = [name for name, benchmark in BENCHMARKS.items() if benchmark.metric == metric]
-        if not set(names) & set(results):
-            continue
-        ours = [results.get(name, (None, {})) for name in names]
-        headings = dict.fromkeys(heading for _, columns in ours for heading in columns)
-        of = lambda heading: [columns.get(heading, {}).get(metric, (None, None)) for _, columns in ours]
-        lines = {"": [BENCHMARKS[name].title for name in names],
-                 "theirs, split": [BENCHMARKS[name].split for name in names],
-                 **{f"theirs, {label}": cells for label, cells in theirs.items()},
-                 "ours, split": [split for split, _ in ours],
-                 "ours, counted": [max((n for n in found if n), default=None) for found in
-                                   zip(*([n for _, n in of(heading)] for heading in headings))],
-                 **{f"ours, {heading}": [value for value, _ in of(heading)] for heading in headings}}
-        print(f"\nThe paper's Table {3 if metric == 'BLEU-1' else 4}, {metric}; \"theirs\" was not measured here")
-        for label, cells in lines.items():
-            shown = ["-" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else f"{cell}" for cell in cells]
-            at = [i for i, name in enumerate(names) if everything or name in results]
-            print(f"{label:28}" + "".join(f"{shown[i]:>19}" for i in at))
 
 
 # ---------------------------------------------------------------------------------------------- ask
@@ -488,10 +322,10 @@ def check_args(args):
         metrics.check_metrics(args.metrics)
 
 
-def checked(records, limit):
-    for record in records[:limit]:
+def checked(records):
+    for record in records:
         check_form(record)
-    return records[:limit]
+    return records
 
 
 def scene_records(args, config):
@@ -531,11 +365,29 @@ def answer_columns(model, tokenizer, records, root, args, out):
     return columns
 
 
+def run_benchmarks(model, tokenizer, jobs, args):
+    results = {}
+    for name, (split, records, root) in jobs.items():
+        out = pathlib.Path(args.out) if args.out else None
+        if out and args.benchmark == "all":
+            out = out.with_stem(f"{out.stem}-{name}")
+        columns = answer_columns(model, tokenizer, records, root, args, out) if model else {}
+        unasked = sanity_rows([row_of(record, "") for record in records], name, root)
+        columns |= {heading: score(rows, args.metrics) for heading, rows in unasked.items()}
+        print(f"\n{BENCHMARKS[name].title}, {split} split, {len(records):,} records, {args.model or 'no model'}")
+        print_table(columns)
+        results[name] = split, columns
+    print_sanity(results)
+    print_published(results, args.benchmark == "all")
+
+
 def run(args):
     check_args(args)
     if args.score:
         return score_file(args)
-    jobs = benchmark_jobs(args) if args.benchmark else None                        # mistakes before the model loads
+    jobs = benchmark_jobs(args) if args.benchmark else {}                          # mistakes before the model loads
+    for _, records, _ in jobs.values():
+        checked(records)
     if args.sanity:
         return run_benchmarks(None, None, jobs, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -550,7 +402,7 @@ def run(args):
     else:
         records = read_records(args.data) if args.data else scene_records(args, model.config)
         root = args.images if args.data else "."
-        print_table(answer_columns(model, tokenizer, checked(records, args.limit), root, args, args.out))
+        print_table(answer_columns(model, tokenizer, checked(records[:args.limit]), root, args, args.out))
 
 
 def main():

@@ -214,6 +214,14 @@ def best_constant(references: list[list[Text]], candidates: list[Text]) -> tuple
     return best, best_score
 
 
+SENTENCES = ("region caption", "region detail", "region reasoning")      # types of records answered by a caption
+
+
+def references_of(row: dict) -> list[str] | None:
+    """The texts that a row of predictions is compared with as a caption; None for a question, right or wrong."""
+    return row.get("references") or ([row["answer"]] if row.get("type") in SENTENCES else None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 

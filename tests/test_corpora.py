@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from corpora import CORPORA, MIXES, PROMPTS, SAMPLINGS, SCENE_TEXT, SHARES, bucket, main, plural, records  # noqa: E402
+from corpora import CORPORA, MIXES, bucket, main, records  # noqa: E402
+from corpus import PROMPTS, SCENE_TEXT  # noqa: E402
+from region_corpora import SAMPLINGS, SHARES, plural  # noqa: E402
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
