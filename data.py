@@ -5,35 +5,39 @@ A record is LLaVA's (one a line in a .jsonl file, or a .json list):
     {"id": "7", "image": "scene_7.png",
      "conversations": [{"from": "human", "value": "<image>\nHow many ships are there?"},
                        {"from": "gpt", "value": "2"}]}
-`image` may be a list (one `<image>` each) or be absent (text only). `masks` lists regions of the image (masks.py says in
-which forms); the k-th `<region>` of the human turns is the k-th mask, and `<region2>` the second, as often as it is named.
-For scoring a record may have `references` (a list of reference answers) and `type`. "scene:..." names a built-in scene
-instead of a file (scenes.py).
+`image` may be a list (one `<image>` each) or be absent (text only). `masks` lists regions of the image (masks.py says
+in which forms); the k-th `<region>` of the human turns is the k-th mask, and `<region2>` the second, as often as it is
+named. For scoring a record may have `references` (a list of reference answers) and `type`. "scene:..." names a built-in
+scene instead of a file (scenes.py). open_image says which images are read, and how.
 
 - ids and labels grow together in one pass; only the answers and their end token are learned.
-- `<image>` in a human turn becomes N slots, `<region>` two (mask and position): ids below zero, which no tokenizer makes
-  and no model can emit. Specials typed in a text (`<|eot_id|>`, `<mask>`) stay plain text.
+- `<image>` in a human turn becomes N slots, `<region>` two (mask and position): ids below zero, which no tokenizer
+  makes and no model can emit. Specials typed in a text (`<|eot_id|>`, `<mask>`) stay plain text.
 - Training and asking go through the same functions, so a prompt is always a prefix of the training ids.
 
-    python data.py check FILE --images DIR      # every problem of every record; exit code 1 if there is one
+    python data.py check FILE --images DIR      # every problem of every record; exit code 1 if any, 2: wrong usage
+    python data.py check FILE --images DIR --fix OUT         # and the records without one into another file
     python data.py show FILE --images DIR       # what a model reads, the learned tokens marked
 """
 import argparse
+import collections
 import json
 import os
 import pathlib
 import re
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch.utils.data import Dataset
 
 import scenes
-from masks import decode_mask
+from masks import MAX_PIXELS, PILLOW_ERRORS, decode_mask, open_scene
 
 IGNORE = -100                               # label of a token that is not learned (PyTorch's ignore_index)
 IMAGE_SLOT, MASK_SLOT, POSITION_SLOT = -1, -2, -3           # ids of positions that an image or a region fills
@@ -41,28 +45,50 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 SHORT = "Answer the question using a single word or phrase."                       # the paper's words, Sec. 4.1.1
 SLOTS = {IMAGE_SLOT: "<image>", MASK_SLOT: "<mask>", POSITION_SLOT: "<position>"}
 GRAY = 128                                  # the picture that a blind model is shown
+DEEPEST = 50                                # brackets within brackets of a record
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")                # others may run programs (EPS)
+warnings.filterwarnings("ignore", module=r"PIL\.")                           # on metadata, as a rule
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+def one_line(text):
+    """Text from a file of any origin as one printable line of bounded length, for a message."""
+    text = str(text)
+    text = text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def parse_json(data, hint):
+    """Bytes -> a JSON value; a ValueError is returned."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        return ValueError("brackets are nested too deeply")
+    except ValueError as e:
+        return ValueError(f"not valid JSON: {e}; {hint}")
+    layer = [[value]]
+    for _ in range(DEEPEST):
+        parts = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+    return ValueError("brackets are nested too deeply") if layer else value
+
 
 def parse_records(path):
     """Yield (line number, record or ValueError) of a .jsonl file, or (position, record) of a .json list."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected a .jsonl or .json file of records")
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), 1)
-        except ValueError as e:
-            raise ValueError(f"{path} is not valid JSON: {e}; was the file cut off?") from None
+    data = path.read_bytes()
+    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        records = parse_json(data, "was the file cut off?")
+        if isinstance(records, ValueError):
+            raise ValueError(f"{path}: {records}")
+        yield from enumerate(records, 1)
         return
-    for number, line in enumerate(text.split("\n"), 1):                            # splitlines() also cuts at U+2028
+    for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as e:
-                yield number, ValueError(f"not valid JSON: {e}; was the file cut off?")
+            yield number, parse_json(line, "expected one record a line; was the file cut off?")
 
 
 def read_records(path):
@@ -74,7 +100,7 @@ def read_records(path):
                 raise record
             check_form(record)
         except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}") from None
+            raise ValueError(f"{path}, line {number}: {one_line(e)}") from None
         records.append({**record, "id": str(record.get("id", number))})
     if not records:
         raise ValueError(f"{path} holds no records")
@@ -83,25 +109,51 @@ def read_records(path):
 
 def check_form(record):
     """ValueError unless the record is a conversation of text turns, human first, that ends with an answer."""
+    for _, problem in form_problems(record):
+        raise ValueError(problem)
+
+
+def form_problems(record):
+    """Yield (kind, text) for all that is wrong with a JSON value as a record, before a file is opened."""
     turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("no 'conversations', expected a list of {from, value} turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {str(turn)[:60]} has no text under 'value'")
+    if isinstance(turns, list) and turns:
+        yield from turn_problems(turns)
+    else:
+        yield "form", "no 'conversations', expected a list of {from, value} turns"
+    if not isinstance(record, dict):
+        return
+    image, masks, references = record.get("image"), record.get("masks"), record.get("references")
+    names = image if isinstance(image, list) else [] if image is None else [image]
+    if not all(is_text(name) and name for name in names):
+        yield "form", f"image {str(image)[:60]!r}: expected a path or a list of paths"
+    if not isinstance(masks, list | None) or masks and len(names) != 1:
+        yield "form", f"masks {str(masks)[:60]}: expected a list of masks, of the record's one image"
+    if "id" in record and not is_text(record["id"]) and type(record["id"]) is not int:
+        yield "form", f"id {str(record['id'])[:60]!r}: expected text or a whole number"
+    if references is not None and not (isinstance(references, list) and all(map(is_text, references))):
+        yield "form", f"references {str(references)[:60]!r}: expected a list of texts"
+    if record.get("type") is not None and not is_text(record["type"]):
+        yield "form", f"type {str(record['type'])[:60]!r}: expected text"
+
+
+def turn_problems(turns):
+    given, turns = turns, [turn if isinstance(turn, dict) else {} for turn in turns]
+    for i, turn in enumerate(turns):
+        if not is_text(turn.get("value")):
+            yield "form", f"turn {i} {str(given[i])[:60]} has no text under 'value'"
     roles = [turn.get("from") for turn in turns]
     rest = roles[1:] if roles[0] == "system" else roles
     if rest != ["human", "gpt"] * (len(rest) // 2) or not rest:
-        raise ValueError(f"turns are from {roles[:6]}; expected human, gpt, human, gpt, ... "
-                         "(a system turn may come first)")
-    empty = [i for i, turn in enumerate(turns) if turn["from"] == "gpt" and not turn["value"].strip()]
-    if empty:
-        raise ValueError(f"turn {empty[0]} is an empty answer")
-    if not all(isinstance(name, str) and name for name in image_names(record)):
-        raise ValueError(f"image {record['image']!r}: expected a path or a list of paths")
-    masks = record.get("masks") or []
-    if not isinstance(masks, list) or masks and len(image_names(record)) != 1:
-        raise ValueError(f"masks {str(masks)[:60]}: expected a list of masks, of the record's one image")
+        yield "roles", (f"turns are from {str(roles[:6])[:200]}; expected human, gpt, human, gpt, ... "
+                        "(a system turn may come first)")
+    for i, turn in enumerate(turns):
+        if turn.get("from") == "gpt" and is_text(turn.get("value")) and not turn["value"].strip():
+            yield "empty answer", f"turn {i} is an empty answer"
+
+
+def is_text(value):
+    """Whether a JSON value is text that can be written: half of a surrogate pair (an escape cut in two) cannot."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def image_names(record):
@@ -114,9 +166,13 @@ def image_names(record):
 def image_path(name, root):
     """The file of an image; a path that leads out of root is refused, since data files come from anywhere."""
     path, root = pathlib.Path(root, name), pathlib.Path(root)
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as e:                               # too long, a NUL, a ring of links
+        raise ValueError(f"image {one_line(name)}: not a path ({one_line(e)})") from None
+    if not inside:
         raise ValueError(f"image {name}: the path leaves the image folder {root}")
-    if not path.is_file():
+    if not there:
         raise FileNotFoundError(f"image {name}: no such file in {root}; is --images right?")
     return path
 
@@ -124,23 +180,81 @@ def image_path(name, root):
 def load_image(name, root="."):
     """A path under root, or the name of a built-in scene -> an RGB PIL image, upright."""
     if name.startswith("scene:"):
-        return Image.fromarray(scenes.open_scene(name).image)
+        return Image.fromarray(open_scene(name).image)
     return open_image(image_path(name, root))
 
 
 def open_image(path):
+    """
+    The file of an image, as they come in remote sensing -> an RGB PIL image, upright (EXIF). Gray, palette and CMYK
+    become RGB; alpha is dropped, not blended; only the first page is read. One band of 16 or 32 bits is stretched:
+    percentile 2 becomes 0, percentile 98 255. What Pillow reads wrongly, and more than MAX_PIXELS, is refused first.
+    """
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"image {path}: {image.mode} pixels (16 or 32 bit); "
-                                 "convert it to 8 bit a channel first")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with open(path, "rb") as file:
+            refused, nodata = read_header(file)
+            if not refused:
+                with Image.open(file, formats=FORMATS) as image:
+                    image = ImageOps.exif_transpose(image)
+                    return stretch(image, nodata) if image.mode.startswith(("I", "F")) else image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"image {path}: no such file") from None
+        refused = "no such file"
     except Image.UnidentifiedImageError:
-        raise ValueError(f"image {path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"image {path}: cannot be read, {e}") from None
+        refused = f"not an image that Pillow can read ({', '.join(FORMATS)})"
+    except Image.DecompressionBombError as e:
+        refused = f"{str(e).split(',')[0]}; cut it into tiles first"
+    except PILLOW_ERRORS as e:
+        refused = f"cannot be read, {one_line(e)}"
+    kind = FileNotFoundError if refused == "no such file" else ValueError
+    raise kind(f"image {path}: {refused}")
+
+
+# TIFF's tags by their numbers: 258 BitsPerSample, 262 PhotometricInterpretation, 277 SamplesPerPixel, 339 SampleFormat,
+# 42113 GDAL_NODATA.
+
+def read_header(file):
+    """
+    in:  an image file, open at its start; it is left there.
+    out: why Pillow would read its bands or bits wrongly, or None, and GDAL's value for pixels without data, or None.
+         Pillow cuts colors of 16 bits to 8 without a word, and takes any five bands for red, green, blue and two more.
+    """
+    head, nodata, colors, signed = file.read(512), None, None, False
+    bands, bits = 1, 8
+    if head.startswith(b"\x89PNG") and len(head) > 25:
+        bands, bits = {2: 3, 4: 2, 6: 4}.get(head[25], 1), head[24]
+    elif b"ihdr" in head[:80]:                                                     # JPEG 2000, its first box
+        at = head.index(b"ihdr") + 12
+        bands, bits = int.from_bytes(head[at:at + 2], "big"), (head[at + 2] & 127) + 1
+    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head[:16] if b"+" in head[:4] else head[:8])
+        file.seek(tags.next)
+        tags.load(file)
+        bands, bits, colors = tags.get(277, 1), max(tags.get(258, (1,))), tags.get(262)
+        signed = 2 in tags.get(339, ())
+        nodata = re.fullmatch(r"\s*([-+\d.eE]+|nan)[\s\0]*", str(tags.get(42113, "")))
+    file.seek(0)
+    reason = (f"{bands} bands" if bands > 4 else
+              f"{bands} bands of {bits} bits" if bands > 1 and bits > 8 else
+              "signed pixels of 8 bits" if signed and bits == 8 else
+              f"{bands} bands that are marked as gray" if bands > 2 and colors in (0, 1) else None)
+    if reason:
+        reason += ("; make an 8-bit RGB image of it: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale -co PHOTOMETRIC=RGB "
+                   "IN OUT.tif, with the numbers of its red, green and blue bands")
+    return reason, float(nodata[1]) if nodata else None
+
+
+def stretch(image, nodata=None):
+    """One band of any depth -> RGB: percentile 2 to black, 98 to white; pixels without data (and NaN) are black."""
+    pixels = np.asarray(image, np.float32)
+    with np.errstate(all="ignore"):         # a range beyond float32 ends as black
+        known = np.isfinite(pixels) if nodata is None else np.isfinite(pixels) & (pixels != np.float32(nodata))
+        if not known.any():
+            return Image.new("RGB", image.size)
+        low, high = map(float, np.percentile(pixels[known], (2, 98)))
+        if low == high:                     # few pixels differ, or none
+            low, high = float(pixels[known].min()), float(pixels[known].max())
+        gray = (np.where(known, pixels, low).clip(low, high) - low) / (high - low)
+    return Image.fromarray((255 * np.nan_to_num(gray) + 0.5).astype(np.uint8)).convert("RGB")
 
 
 def fit_image(image, size, fit, resample=Image.Resampling.BICUBIC, frame=tuple(round(255 * c) for c in CLIP_MEAN)):
@@ -185,7 +299,8 @@ def prepare(record, root, config, blind=False):
         if not blind or record.get("masks"):
             shown = load_image(name, root)
             if record.get("masks"):
-                masks = torch.stack([fit_mask(m, size, config.fit) for m in load_masks(record, root, shown.size)])
+                masks = torch.stack([fit_mask(decode_mask(value, shown.size, root), size, config.fit)
+                                     for value in record["masks"]])                # one by one: an image may be huge
             image = image if blind else shown
         images.append(to_tensor(fit_image(image, size, config.fit)))
     return torch.stack(images) if images else torch.zeros(0, 3, size, size), masks
@@ -245,9 +360,15 @@ def mentions(turns, masks):
     numbers = [n for role, text in turns if role == "user" for n in re.findall(r"<region(\d*)>", text)]
     found = [int(n) - 1 for n in numbers] if all(numbers) else list(range(len(numbers)))
     if (any(numbers) and not all(numbers)) or sorted(set(found)) != list(range(masks)):
-        raise ValueError(f"{masks} mask(s) but the human turns name {['<region' + n + '>' for n in numbers][:8]}; expected "
-                         "one <region> a mask, or <region1>, <region2>, ... with each number once or more")
+        raise ValueError(f"{masks} mask(s) but the human turns name {['<region' + n + '>' for n in numbers][:8]}; "
+                         "expected one <region> a mask, or <region1>, <region2>, ... with each number once or more")
     return found
+
+
+def count_images(turns, images):
+    found = sum(text.count("<image>") for role, text in turns if role == "user")
+    if found != images:
+        raise ValueError(f"{images} image(s) but {found} <image> in the human turns; the numbers must be equal")
 
 
 def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0, masks=0):
@@ -259,9 +380,8 @@ def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0, masks=0):
     """
     if chat not in CHATS:
         raise ValueError(f"chat format {chat!r}: expected one of {', '.join(CHATS)}")
-    found = sum(text.count("<image>") for role, text in turns if role == "user")
-    if images and found != images:
-        raise ValueError(f"{images} image(s) but {found} <image> in the human turns; the numbers must be equal")
+    if images:
+        count_images(turns, images)
     if masks:
         mentions(turns, masks)
     slots = "|".join(["<image>"] * bool(images) + [r"<region\d*>"] * bool(masks))
@@ -275,6 +395,8 @@ def encode_turns(turns, tokenizer, chat, images=0, image_tokens=0, masks=0):
     space = " " if chat == "vicuna" and not tokenizer.adds_space else ""
     for kind, value, learn in CHATS[chat](turns):
         if kind == "special":
+            if value not in tokenizer.special:
+                raise ValueError(f"chat format {chat!r} needs the token {value}, which this tokenizer does not have")
             add([tokenizer.special[value]], learn)
             continue
         pieces = re.split(f"({slots})", value) if kind == "said" and slots else [value]
@@ -332,15 +454,15 @@ class Records(Dataset):
             row["images"], row["masks"] = prepare(record, self.root, c, self.blind)
             return row
         except (ValueError, FileNotFoundError) as e:
-            text = str(e)
+            text = one_line(e)
             return ValueError(text if text.startswith("record ") else f"record {record['id']}: {text}")
 
 
 def collate(rows):
     """
-    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and of all rows in
-    the order of their slots: images (n, 3, H, W); masks (n, R, H, W), padded with empty ones; regions (m, 2) long, the
-    image and the mask that each region slot means. What no row has is None. With an error among the rows, the error.
+    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and of all rows
+    in the order of their slots: images (n, 3, H, W); masks (n, R, H, W), padded with empty ones; regions (m, 2) long,
+    the image and the mask that each region slot means. What no row has is None. If a row is an error, the error.
     """
     for row in rows:
         if isinstance(row, ValueError):
@@ -372,46 +494,108 @@ def collate_masks(rows):
 
 # ---------------------------------------------------------------------------------------------- look at a file
 
-def check_record(item, root):
-    """(line, record or ValueError) -> (line, id, problem or None)."""
-    number, record = item
+@lru_cache(maxsize=100_000)                 # an image is decoded once a worker, however many records it has
+def look_at(name, root):
+    """-> the size of an image that decodes to its end, or None, and a list of its problem."""
+    sizes = []
+    problem = attempt("image", lambda: sizes.append(load_image(name, root).size))
+    return sizes[0] if sizes else None, problem
+
+
+@lru_cache
+def tokenizer_of(path):                     # once a worker
+    from llama import load_tokenizer        # only the commands need it
+    return load_tokenizer(path)
+
+
+def attempt(kind, function, *args):
+    """The problem (kind, text) that function raises, in a list, or an empty list."""
     try:
-        if isinstance(record, ValueError):
-            raise record
-        check_form(record)
-        text = sum(turn["value"].count("<image>") for turn in record["conversations"] if turn["from"] == "human")
-        names = image_names(record)
-        if names and text != len(names):
-            raise ValueError(f"{len(names)} image(s) but {text} <image> in the human turns")
-        pictures = [load_image(name, root) for name in names]
-        if record.get("masks"):
-            mentions(turns_of(record), len(record["masks"]))
-            load_masks(record, root, pictures[0].size)
-        return number, record.get("id"), None
+        function(*args)
     except (ValueError, FileNotFoundError) as e:
-        return number, record.get("id") if isinstance(record, dict) else None, str(e)
+        return [("missing file" if isinstance(e, FileNotFoundError) else kind, str(e))]
+    return []
 
 
-def check(path, root, workers):
-    """Print every problem of every record and a summary; return the number of bad records."""
-    items, bad = list(parse_records(path)), 0
-    with ProcessPoolExecutor(workers) as pool:
-        checked = pool.map(partial(check_record, root=root), items, chunksize=16)
-        for done, (number, name, problem) in enumerate(checked, 1):
-            if problem:
-                bad += 1
-                print(f"line {number} ({name}): {problem}")
-            if sys.stderr.isatty() and done % 100 == 0:
-                print(f"\r{done}/{len(items)}", end="\r", file=sys.stderr)
-    print(f"{path}: {len(items)} records, {bad} with a problem")
-    return bad
+def problems_of(record, root, config):
+    """Every problem of a record, or of the ValueError in its place, as (kind, text)."""
+    if isinstance(record, ValueError):
+        return [("not JSON", str(record))]
+    found = list(form_problems(record))
+    if not isinstance(record, dict):
+        return found
+    names, masks = [name for name in image_names(record) if is_text(name) and name], record.get("masks") or []
+    if {kind for kind, _ in found} <= {"empty answer"}:
+        turns = turns_of(record)
+        slots = attempt("slots", count_images, turns, len(names)) if names else []
+        slots += attempt("slots", mentions, turns, len(masks)) if masks else []
+        found += slots or attempt("no room", check_room, turns, len(names), len(masks), config)
+    for name in names:
+        size, problem = look_at(name, root)
+        found += problem
+        if size and len(names) == 1 and isinstance(masks, list):
+            found += [problem for value in masks for problem in attempt("mask", decode_mask, value, size, root)]
+    return found
 
 
-def show(path, root, tokenizer, config, n):
+def check_room(turns, images, masks, config):
+    ids, _ = encode_turns(turns, tokenizer_of(config.tokenizer), config.chat, images, config.image_tokens, masks)
+    if len(ids) > config.max_len:
+        raise ValueError(f"no room: {len(ids)} tokens with the answer, at most {config.max_len} fit (--max-len)")
+
+
+def check(path, root, workers, config, fix=None):
+    """Print every problem of every record and a summary by kind; return the number of bad records."""
+    if fix and os.path.exists(fix) and os.path.samefile(fix, path):
+        raise ValueError(f"--fix {fix} is the file that is checked; give another name")
+    if fix and not pathlib.Path(fix).resolve().parent.is_dir():
+        raise ValueError(f"--fix {fix}: no such folder")
+    encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
+    items, clean, kinds, seen = list(parse_records(path)), [], collections.Counter(), {}
+    if not items:
+        raise ValueError(f"{path} holds no records")
+    pool = ProcessPoolExecutor(workers) if workers != 1 else None
+    test, records = partial(problems_of, root=str(root), config=config), [record for _, record in items]
+    results = pool.map(test, records, chunksize=32) if pool else map(test, records)
+    for done, ((number, record), problems) in enumerate(zip(items, results), 1):
+        name = record.get("id", number) if isinstance(record, dict) else None
+        if isinstance(name, (str, int)) and seen.setdefault(str(name), number) != number:
+            problems.append(("same id", f"id {str(name)!r} is that of line {seen[str(name)]}, too"))
+        kinds.update({kind for kind, _ in problems})
+        for kind, text in problems:
+            print(f"line {number} ({one_line(str(name)[:80])}): {one_line(text)}")
+        if not problems:
+            clean.append({"id": str(number), **record})
+        if sys.stderr.isatty() and (done % 100 == 0 or done == len(items)):
+            print(f"\r{done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
+    if pool:
+        pool.shutdown()
+    for kind, n in sorted(kinds.items()):
+        print(f"{n:7d}  {kind}")
+    print(f"{path}: {len(items)} records, {len(items) - len(clean)} with a problem")
+    if fix:
+        write_records(fix, clean)
+    return len(items) - len(clean)
+
+
+def write_records(path, records):
+    """Records as JSONL: whole, or not at all."""
+    part = pathlib.Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{path}: {len(records)} records written")
+
+
+def show(path, root, config, n):
     """Print the first n records as a model reads them: runs of masked (-) and learned (+) tokens, and their number."""
+    tokenizer = tokenizer_of(config.tokenizer)
     names = {i: name for name, i in tokenizer.special.items()}
     for record in read_records(path)[:n]:
-        row = encode_record(record, tokenizer, config.chat, config.image_tokens, config.max_len)
+        row = encode_record(record, tokenizer, config.chat, config.image_tokens)
         images, masks = prepare(record, root, config)
         print(f"record {record['id']}: {len(row['ids'])} tokens, {sum(t != IGNORE for t in row['labels'])} learned, "
               f"images {image_names(record)} as {tuple(images.shape)}" + f", {len(masks)} masks" * bool(len(masks)))
@@ -430,24 +614,26 @@ def main():
     parser.add_argument("command", choices=("check", "show"),
                         help="check: list every problem; show: print tokens and labels")
     parser.add_argument("file", help=".jsonl or .json file of records")
-    parser.add_argument("--images", default=".", help="folder that image paths start from (default: here)")
+    parser.add_argument("--images", default=".", help="folder that image and mask paths start from (default: here)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="check: processes (default: all cores)")
+    parser.add_argument("--fix", metavar="OUT", help="check: write the records without a problem to this .jsonl file")
     parser.add_argument("-n", type=int, default=3, help="show: how many records (default 3)")
-    parser.add_argument("--tokenizer", default="weights/tiny-llm",
-                        help="show: tokenizer file or folder (default the tiny one)")
-    parser.add_argument("--chat", default="llama-3", choices=CHATS, help="show: chat format (default llama-3)")
-    parser.add_argument("--image-size", type=int, default=128, help="show: image side in pixels (default 128)")
+    parser.add_argument("--tokenizer", default=pathlib.Path(__file__).parent / "weights/tiny-llm",
+                        help="tokenizer file or folder (default: the tiny preset's, as all that follows)")
+    parser.add_argument("--chat", default="llama-3", choices=CHATS, help="chat format (default llama-3)")
+    parser.add_argument("--max-len", type=int, default=1024,
+                        help="check: tokens that prompt and answer may have, image tokens included (default 1024)")
+    parser.add_argument("--image-size", type=int, default=128, help="image side in pixels (default 128)")
     parser.add_argument("--fit", default="resize", choices=("resize", "letterbox"), help="show: how images are fitted")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    config = argparse.Namespace(**vars(args), image_tokens=(args.image_size // 32) ** 2)
     try:
         if args.command == "check":
-            sys.exit(1 if check(args.file, args.images, args.workers) else 0)
-        from llama import load_tokenizer
-        config = argparse.Namespace(image_size=args.image_size, fit=args.fit, chat=args.chat, max_len=None,
-                                    image_tokens=(args.image_size // 32) ** 2)
-        show(args.file, args.images, load_tokenizer(args.tokenizer), config, args.n)
-    except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"data.py: {e}\n")
+            sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)
+        show(args.file, args.images, config, args.n)
+    except (ValueError, OSError, BrokenProcessPool) as e:
+        parser.exit(2, f"data.py: {one_line(e)}\n")
 
 
 if __name__ == "__main__":

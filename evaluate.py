@@ -239,14 +239,22 @@ def ask(model, tokenizer, args):
         raise row
     batch = to_device(collate([row]), model)
     generator = torch.Generator(batch["ids"].device).manual_seed(args.seed)
-    ids, printed = [], ""
+    ids, printed, clock = [], "", [time.perf_counter()]                            # clock: start, vision, every token
+    seen = model.vision.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
     for step in model.generate(batch, tokenizer.stop_ids, args.max_new_tokens, args.temperature, args.top_p, generator):
         ids.append(step.item())
+        clock.append(time.perf_counter())
         text = tokenizer.decode(ids)
         text = text.rstrip("\ufffd")        # a character of several tokens is printed when it is whole
         print(text[len(printed):], end="", flush=True)
         printed = text
     print()
+    seen.remove()
+    if args.timings and row["images"].numel():
+        vision, prefill, *tokens = [b - a for a, b in zip(clock, clock[1:])]
+        each = f", {sum(tokens) / len(tokens):.3f} s for each of {len(tokens)} more tokens" if tokens else ""
+        print(f"vision {vision:.2f} s, prefill of {len(row['ids'])} tokens with SFI and MDA {prefill:.2f} s{each}",
+              file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -298,6 +306,7 @@ def parse_args():
     p.add_argument("--top-p", type=float, default=1.0,
                    help="--ask: draw from the likeliest tokens of this mass (default 1)")
     p.add_argument("--seed", type=int, default=0, help="--ask: of the draws (default 0)")
+    p.add_argument("--timings", action="store_true", help="--ask: print seconds for loading, vision, prefill and a token")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="of all weights (default float32)")
     return p, p.parse_args()
@@ -391,7 +400,10 @@ def run(args):
     if args.sanity:
         return run_benchmarks(None, None, jobs, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
     model = load_model(args.model, args.vision, args.llm, getattr(torch, args.dtype), device)
+    if args.timings:
+        print(f"loading {time.perf_counter() - began:.1f} s", file=sys.stderr)
     tokenizer = load_tokenizer(find(model.config.llm_dir, "language model"))
     if args.no_mda:
         model.mda = torch.nn.ModuleDict()

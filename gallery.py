@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aquila import find, load_model
 from data import encode_turns, fit_image, image_names, load_image, load_masks, open_image, to_tensor
-from evaluate import read_rows, references_of, score
+from evaluate import read_rows, score
 from llama import load_tokenizer
-from metrics import bleu, normalize_answer
+from metrics import bleu, normalize_answer, references_of
 
 SIDE = 320                                  # of pictures on the page, at most, and of attention panels, in pixels
 SHEET = 60                                  # predictions on the contact sheet

@@ -10,22 +10,32 @@ A mask value is one of
 Pixel (0, 0) is the top left one and covers x from 0 to 1. Polygons are filled as COCO's own code fills them.
 """
 import pathlib
+import re
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
 
 import scenes
 
+MAX_PIXELS = 2 ** 28                        # of an image or a mask: 16,384 x 16,384, which Pillow holds in 1 GB
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow refuses twice this, by the header alone
+MAX_SCENE = 2048                            # side of a built-in scene that a record may name
+# What Pillow's decoders raise on damaged files.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
+                 MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
+
 
 def decode_mask(value, size, root="."):
     """A mask value -> (h, w) bool; size is the (width, height) of the image that it lies on. ValueError in one line."""
     w, h = size
+    if isinstance(value, dict) and value.get("segmentation"):
+        value = value["segmentation"]
     if isinstance(value, str):
-        mask = read_mask(value, root)
-    elif isinstance(value, dict) and value.get("segmentation"):
-        return decode_mask(value["segmentation"], size, root)
+        mask = read_mask(value, size, root)
     elif isinstance(value, dict) and "counts" in value:
-        mask = decode_runs(value)
+        mask = decode_runs(value, size)
     elif isinstance(value, dict) and "bbox" in value:
         x, y, bw, bh = numbers(value["bbox"], "bbox", 4, 4)
         mask = fill_polygon([x, y, x + bw, y, x + bw, y + bh, x, y + bh], w, h)
@@ -36,12 +46,24 @@ def decode_mask(value, size, root="."):
             mask |= fill_polygon(numbers(polygon, "polygon", 6), w, h)
     else:
         raise ValueError(f"mask {str(value)[:60]!r}: expected a file, polygons, run lengths, a bbox or an annotation")
-    if mask.shape != (h, w):
-        raise ValueError(f"mask {str(value)[:60]!r} is {mask.shape[1]} x {mask.shape[0]} pixels, "
-                         f"its image {w} x {h}; they must be equal")
     if not mask.any():
         raise ValueError(f"mask {str(value)[:60]!r} is empty on an image of {w} x {h}")
     return mask
+
+
+def check_size(what, size, of_image):
+    """ValueError unless a mask's size is its image's; asked before it is decoded: a wrong one may be huge."""
+    if tuple(size) != tuple(of_image):
+        raise ValueError(f"mask {str(what)[:60]!r} is {size[0]} x {size[1]} pixels, "
+                         f"its image {of_image[0]} x {of_image[1]}; they must be equal")
+
+
+def open_scene(name):
+    """A built-in scene that a data file names; a huge one would fill the memory."""
+    side = name.rpartition("/")[2]
+    if len(name) > 100 or side.isdecimal() and int(side) > MAX_SCENE:
+        raise ValueError(f"scene {name[:60]!r}: its side is more than {MAX_SCENE} pixels or its numbers are too long")
+    return scenes.open_scene(name)
 
 
 def numbers(values, what, least, most=None):
@@ -53,24 +75,33 @@ def numbers(values, what, least, most=None):
 
 # ---------------------------------------------------------------------------------------------- files
 
-def read_mask(name, root):
+def read_mask(name, size, root):
     """A mask file under root, two values of which the larger is inside, or an object of a built-in scene."""
     if name.startswith("scene:"):
         scene, _, number = name.partition("#")
-        objects = scenes.open_scene(scene).objects
-        if not number.isdigit() or int(number) >= len(objects):
+        objects = open_scene(scene).objects
+        if not number.isdecimal() or int(number) >= len(objects):
             raise ValueError(f"mask {name!r}: expected a scene, # and one of its objects, 0 to {len(objects) - 1}")
-        return objects[int(number)].mask
+        mask = objects[int(number)].mask
+        check_size(name, mask.shape[::-1], size)
+        return mask
     path, root = pathlib.Path(root, name), pathlib.Path(root)
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as e:                               # too long, a NUL, a ring of links
+        raise ValueError(f"mask {name[:200]!r}: not a path ({e})") from None
+    if not inside:
         raise ValueError(f"mask {name}: the path leaves the image folder {root}")
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("I") if image.mode.startswith("I") else image)
+            given, pixels = image.size, None
+            if given == tuple(size):
+                pixels = np.asarray(image.convert("I") if image.mode.startswith("I") else image)
     except FileNotFoundError:
         raise FileNotFoundError(f"mask {name}: no such file in {root}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except PILLOW_ERRORS as e:
         raise ValueError(f"mask {name}: not an image that Pillow can read ({e})") from None
+    check_size(name, given, size)
     if pixels.ndim == 3:                    # RGB whose channels are equal; a full alpha channel does not count
         color = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
         if (color != color[..., :1]).any():
@@ -85,15 +116,17 @@ def read_mask(name, root):
 
 # ---------------------------------------------------------------------------------------------- COCO
 
-def decode_runs(value):
+def decode_runs(value, image_size):
     """COCO's run lengths, zeros first, down the columns -> (h, w) bool."""
     size, counts = value.get("size"), value["counts"]
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(v, int) and 0 < v < 1e5 for v in size)):
-        raise ValueError(f"run lengths with size {size}: expected [height, width] in pixels")
+        raise ValueError(f"run lengths with size {str(size)[:60]}: expected [height, width] in pixels")
+    check_size(value, size[::-1], image_size)
     runs = decompress(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(isinstance(n, int) and n >= 0 for n in runs) or sum(runs) != size[0] * size[1]:
-        total = sum(runs) if isinstance(runs, list) and all(isinstance(n, int) for n in runs) else "no number"
-        raise ValueError(f"run lengths add up to {total}, expected {size[0]} x {size[1]} = {size[0] * size[1]}")
+    whole = isinstance(runs, list) and all(isinstance(n, int) for n in runs)
+    if not whole or min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"run lengths add up to {str(sum(runs))[:30] if whole else 'no number'}, "
+                         f"expected {size[0]} x {size[1]} = {size[0] * size[1]}, and none below zero")
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return flat.reshape(size[1], size[0]).T
 
@@ -101,7 +134,7 @@ def decode_runs(value):
 def decompress(text):
     """
     The characters of a compressed run list: six bits each from code 48 on, five of a number's digits, low ones first,
-    and one for "more follows"; from the third number on the difference to the one two places before.
+    and one for "more follows"; from the fourth number on the difference to the one two places before.
     """
     runs, value, shift = [], 0, 0
     for ch in text:
@@ -133,7 +166,7 @@ def fill_polygon(xy, w, h):
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
         dx, dy = abs(x1 - x0), abs(y1 - y0)
         n = max(dx, dy)
-        # The lesser coordinate grows from the end where the greater one is smaller, so that a line and its reverse agree.
+        # The lesser coordinate grows from the end where the greater one is smaller: a line and its reverse agree.
         back = x0 > x1 if dx >= dy else y0 > y1
         ax, ay, bx, by = (x1, y1, x0, y0) if back else (x0, y0, x1, y1)
         t = np.arange(n, -1, -1) if back else np.arange(n + 1)
