@@ -59,15 +59,15 @@ RECIPES = {
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
-    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4500,
+    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=4000),
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
                        3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-                  2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5000),
+                  2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=6400),
                   3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=4000,
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
@@ -91,7 +91,7 @@ def optimizer_for(params, decay):
 
 # ---------------------------------------------------------------------------------------------- data
 
-BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "vqa", "caption")},
+BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
             "aquila-plus": {1: ("chat", "caption"), 2: ("region chat",), 3: ("region chat", "region", "chat")}}
 
 
@@ -111,27 +111,30 @@ def built_in_records(family, stage, n, size):
 class Batches:
     """
     The sample numbers of each micro-batch of this process, from step `start` to `steps`. Every epoch is a permutation
-    drawn from (seed, epoch); the last batch is filled up from the next one, so that nothing is dropped.
+    drawn from (seed, epoch); the last batch is filled up from the next one, so that nothing is dropped. Inside a step
+    samples stand by length, for those of one micro-batch are padded to the longest; its gradient stays the same sum.
     """
 
-    def __init__(self, n, batch, micro, steps, start, seed, rank, world):
-        self.n, self.batch, self.micro, self.steps, self.start = n, batch, micro, steps, start
+    def __init__(self, lengths, batch, micro, steps, start, seed, rank, world):
+        self.lengths, self.batch, self.micro, self.steps, self.start = lengths, batch, micro, steps, start
         self.seed, self.rank, self.world = seed, rank, world
 
     def __len__(self):
         return (self.steps - self.start) * self.batch // (self.micro * self.world)
 
     def __iter__(self):
-        epoch, order = -1, None
-        for first in range(self.start * self.batch, self.steps * self.batch, self.micro * self.world):
+        n, epoch, order = len(self.lengths), -1, None
+        for step in range(self.start, self.steps):
             picked = []
-            for i in range(first + self.rank * self.micro, first + (self.rank + 1) * self.micro):
-                if i // self.n != epoch:
-                    epoch = i // self.n
+            for i in range(step * self.batch, (step + 1) * self.batch):
+                if i // n != epoch:
+                    epoch = i // n
                     generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
-                    order = torch.randperm(self.n, generator=generator).tolist()
-                picked.append(order[i % self.n])
-            yield picked
+                    order = torch.randperm(n, generator=generator).tolist()
+                picked.append(order[i % n])
+            picked.sort(key=lambda i: self.lengths[i])
+            for first in range(self.rank * self.micro, self.batch, self.micro * self.world):
+                yield picked[first:first + self.micro]
 
 
 def to_device(batch, device):
@@ -301,8 +304,8 @@ def parse_args():
                    help="end the process after this step, the schedule unchanged; then --resume")
     p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
     p.add_argument("--seed", type=int, default=0, help="default 0")
-    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() // 2),
-                   help="data processes of each process; 0: none (default: half the cores, at most 4)")
+    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() // 4),
+                   help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
                    help="of frozen weights and of autocast (default: bfloat16 on GPU)")
     p.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
@@ -439,7 +442,8 @@ def run(args, rank, world, device):
     state = prepare_out(args, out)
     first = load_state(state, settings, trainable, optimizer) if state else 0
 
-    batches = Batches(len(records), recipe.batch, recipe.micro, steps, first, args.seed, rank, world)
+    lengths = [sum(len(turn["value"]) for turn in record["conversations"]) for record in records]
+    batches = Batches(lengths, recipe.batch, recipe.micro, steps, first, args.seed, rank, world)
     tokenizer = load_tokenizer(find(model.config.llm_dir, "language model"))
     loader = iter(DataLoader(Records(records, args.images, tokenizer, model.config), batch_sampler=batches,
                              collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))

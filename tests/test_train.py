@@ -48,14 +48,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, lora):
 
 
 def test_batches_split_one_stream_among_processes():
-    """Two processes take what one takes, in every step; every sample once an epoch; a resumed stream goes on."""
+    """
+    Two processes take what one takes, in every step; every sample once an epoch; a resumed stream goes on; inside a step
+    the longer samples come last.
+    """
+    lengths = [7, 3, 9, 1, 8, 2, 6, 4, 5, 0]
+
     def of(rank, world, start=0):
-        return list(train.Batches(n=10, batch=4, micro=2, steps=5, start=start, seed=1, rank=rank, world=world))
+        return list(train.Batches(lengths, batch=4, micro=2, steps=5, start=start, seed=1, rank=rank, world=world))
     one, two = of(0, 1), [of(r, 2) for r in range(2)]
     assert one == [micro for pair in zip(*two) for micro in pair]
     stream = [i for micro in one for i in micro]
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
-    assert of(0, 1, start=3) == one[6:] and len(train.Batches(10, 4, 2, 5, 3, 1, 0, 1)) == 4
+    assert sorted(stream) == sorted([*range(10)] * 2) and set(stream[:8] + stream[8:12]) == set(range(10))
+    assert stream[:8] != stream[12:]
+    assert of(0, 1, start=3) == one[6:] and len(train.Batches(lengths, 4, 2, 5, 3, 1, 0, 1)) == 4
+    for step in range(5):
+        inside = [lengths[i] for i in stream[4 * step:4 * step + 4]]
+        assert inside == sorted(inside)
 
 
 def test_learning_rate_rises_then_falls_to_zero():
