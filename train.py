@@ -59,8 +59,8 @@ RECIPES = {
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
-    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=4000),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
+    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=3200),
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=6000,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
