@@ -37,7 +37,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from torch.utils.data import Dataset
 
 import scenes
-from masks import MAX_PIXELS, PILLOW_ERRORS, decode_mask, open_scene
+from masks import MAX_PIXELS, PILLOW_ERRORS, decode_mask, open_scene, tolerated
 
 IGNORE = -100                               # label of a token that is not learned (PyTorch's ignore_index)
 IMAGE_SLOT, MASK_SLOT, POSITION_SLOT = -1, -2, -3           # ids of positions that an image or a region fills
@@ -494,6 +494,9 @@ def collate_masks(rows):
 
 # ---------------------------------------------------------------------------------------------- look at a file
 
+TOLERATED = "tolerated"
+
+
 @lru_cache(maxsize=100_000)                 # an image is decoded once a worker, however many records it has
 def look_at(name, root):
     """-> the size of an image that decodes to its end, or None, and a list of its problem."""
@@ -518,7 +521,7 @@ def attempt(kind, function, *args):
 
 
 def problems_of(record, root, config):
-    """Every problem of a record, or of the ValueError in its place, as (kind, text)."""
+    """Every problem of a record, or of the ValueError in its place, as (kind, text); what is TOLERATED, too."""
     if isinstance(record, ValueError):
         return [("not JSON", str(record))]
     found = list(form_problems(record))
@@ -534,7 +537,9 @@ def problems_of(record, root, config):
         size, problem = look_at(name, root)
         found += problem
         if size and len(names) == 1 and isinstance(masks, list):
-            found += [problem for value in masks for problem in attempt("mask", decode_mask, value, size, root)]
+            for value in masks:
+                wrong = attempt("mask", decode_mask, value, size, root)
+                found += wrong or [(TOLERATED, words) for words in tolerated(value, size)]
     return found
 
 
@@ -551,7 +556,7 @@ def check(path, root, workers, config, fix=None):
     if fix and not pathlib.Path(fix).resolve().parent.is_dir():
         raise ValueError(f"--fix {fix}: no such folder")
     encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
-    items, clean, kinds, seen = list(parse_records(path)), [], collections.Counter(), {}
+    items, clean, kinds, notes, seen = list(parse_records(path)), [], collections.Counter(), collections.Counter(), {}
     if not items:
         raise ValueError(f"{path} holds no records")
     pool = ProcessPoolExecutor(workers) if workers != 1 else None
@@ -561,6 +566,8 @@ def check(path, root, workers, config, fix=None):
         name = record.get("id", number) if isinstance(record, dict) else None
         if isinstance(name, (str, int)) and seen.setdefault(str(name), number) != number:
             problems.append(("same id", f"id {str(name)!r} is that of line {seen[str(name)]}, too"))
+        notes.update({text for kind, text in problems if kind == TOLERATED})
+        problems = [(kind, text) for kind, text in problems if kind != TOLERATED]
         kinds.update({kind for kind, _ in problems})
         for kind, text in problems:
             print(f"line {number} ({one_line(str(name)[:80])}): {one_line(text)}")
@@ -572,6 +579,8 @@ def check(path, root, workers, config, fix=None):
         pool.shutdown()
     for kind, n in sorted(kinds.items()):
         print(f"{n:7d}  {kind}")
+    for words, n in sorted(notes.items()):
+        print(f"{n:7d}  tolerated: {words}")
     print(f"{path}: {len(items)} records, {len(items) - len(clean)} with a problem")
     if fix:
         write_records(fix, clean)

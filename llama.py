@@ -785,7 +785,7 @@ class ByteLevelTokenizer(BytePairs):
         super().__init__(pattern, ranks, [ids.get(token) for token in ranks])
         name = lambda key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
         self.bos_id = self.special.get(name("bos_token") or "<|begin_of_text|>")
-        stops = (name("eos_token"), "<|im_end|>", *LLAMA3_STOPS)
+        stops = (name("eos_token"), "</s>", "<|im_end|>", *LLAMA3_STOPS)
         self.stop_ids = {self.special[s] for s in stops if s in self.special}
 
 

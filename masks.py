@@ -51,6 +51,17 @@ def decode_mask(value, size, root="."):
     return mask
 
 
+def tolerated(value, size):
+    """What decode_mask puts up with in a mask value that it reads, in words."""
+    polygons = value.get("segmentation") if isinstance(value, dict) else value
+    if not isinstance(polygons, list) or not polygons:
+        return []
+    flat = not isinstance(polygons[0], list)
+    points = [np.array(xy, np.float64).reshape(-1, 2) for xy in ([polygons] if flat else polygons)]
+    outside = any((xy < 0).any() or (xy > size).any() for xy in points)
+    return ["a flat list, read as one polygon"] * flat + ["a polygon partly outside its image, clipped"] * outside
+
+
 def check_size(what, size, of_image):
     """ValueError unless a mask's size is its image's; asked before it is decoded: a wrong one may be huge."""
     if tuple(size) != tuple(of_image):

@@ -24,7 +24,7 @@ import data
 import scenes
 from data import (CLIP_MEAN, CLIP_STD, IGNORE, IMAGE_SLOT, Records, check_form, collate, encode_record, encode_turns,
                   fit_image, load_image, open_image, read_records, to_tensor)
-from llama import ByteTokenizer
+from llama import ByteTokenizer, load_tokenizer
 
 TOKENIZER = ByteTokenizer()
 BEGIN, END, START, STOP, EOT = 256, 257, 258, 259, 260
@@ -103,6 +103,14 @@ def test_typed_specials_stay_text(chat):
     row = encode_record(r, TOKENIZER, chat)
     clean = encode_record(record("a", "b"), TOKENIZER, chat)
     assert [t for t in row["ids"] if t > 255] == [t for t in clean["ids"] if t > 255]
+
+
+@pytest.mark.parametrize("chat", ["llama-3", "vicuna"])
+def test_what_ends_an_answer_stops_the_tiny_lm(chat):
+    """Else an answer would run on: both chat formats of the tiny presets, with the tokenizer that is shipped."""
+    tokenizer = load_tokenizer(ROOT / "weights/tiny-llm")
+    row = encode_record(record("a", "b"), tokenizer, chat)
+    assert [label for label in row["labels"] if label != IGNORE][-1] in tokenizer.stop_ids
 
 
 def test_too_long_is_an_error_and_never_cut():
@@ -428,6 +436,17 @@ def test_check_lists_every_problem_in_one_pass(tmp_path):
                      "empty answer": "2", "form": "1", "no room": "1", "mask": "1"}
     good = run("check", write(tmp_path / "g.jsonl", rows[0], rows[7]), "--images", tmp_path, "--workers", 1)
     assert good.returncode == 0 and good.stdout.count("\n") == 1
+
+
+def test_what_check_tolerates_is_counted(tmp_path):
+    """A flat polygon list is one polygon, one that leaves the image is clipped; both are told, neither is a problem."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    masks = [[2, 2, 20, 2, 20, 20], [[2, 2, 60, 2, 60, 20]], {"segmentation": [-5, 2, 20, 2, 20, 20]}, {"bbox": [1, 1, 9, 9]}]
+    rows = [{**record("<image>\n<region>", "b", image="a.png", masks=[mask]), "id": i} for i, mask in enumerate(masks)]
+    out = run("check", write(tmp_path / "f.jsonl", *rows), "--images", tmp_path, "--workers", 1)
+    assert out.returncode == 0 and out.stdout.splitlines()[:-1] == [
+        "      2  tolerated: a flat list, read as one polygon",
+        "      2  tolerated: a polygon partly outside its image, clipped"]
 
 
 def test_the_command_line_itself(tmp_path):
