@@ -82,11 +82,11 @@ class AquilaConfig:
 
 PRESETS = {
     "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
-    # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI, without MDA.
-    "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(), chat="vicuna",
-                                   region_dim=1024),
-    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3), max_len=1024,
-                         vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
+    # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI; no MDA.
+    "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(),
+                                   chat="vicuna", region_dim=1024),
+    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
+                         max_len=1024, vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
     "tiny-plus": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(), chat="vicuna",
                               max_len=1024, region_dim=128, region_side=32,
                               vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
@@ -227,8 +227,9 @@ class AquilaPlus(Aquila):
         ids, masks = batch["ids"], batch.get("masks")
         named = 0 if masks is None else len(batch["regions"])
         for slot in (MASK_SLOT, POSITION_SLOT):
-            if (ids == slot).sum() != named:
-                raise ValueError(f"{int((ids == slot).sum())} region slots in the prompts, {named} regions: cut prompt?")
+            slots = int((ids == slot).sum())
+            if slots != named:
+                raise ValueError(f"{slots} region slots in the prompts, {named} regions: cut prompt?")
         if not named:
             return x
         at = batch["regions"].unbind(1)

@@ -306,7 +306,8 @@ def parse_args():
     p.add_argument("--top-p", type=float, default=1.0,
                    help="--ask: draw from the likeliest tokens of this mass (default 1)")
     p.add_argument("--seed", type=int, default=0, help="--ask: of the draws (default 0)")
-    p.add_argument("--timings", action="store_true", help="--ask: print seconds for loading, vision, prefill and a token")
+    p.add_argument("--timings", action="store_true",
+                   help="--ask: print seconds for loading, vision, prefill and a token")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="of all weights (default float32)")
     return p, p.parse_args()

@@ -685,8 +685,8 @@ def vqa_records(key):
 
 def chat_records(key):
     """
-    One conversation: up to eight questions in random order. The format prompt stands where short answers begin and holds
-    for all that follow, as in LLaVA-1.5's conversations. A caption among them would give the later answers away.
+    One conversation: up to eight questions in random order. The format prompt stands where short answers begin and
+    holds for all that follow, as in LLaVA-1.5's conversations. A caption among them would give the later answers away.
     """
     asked, rng = questions(key), scene_rng(key, 4)
     pairs = [asked[i][1:] for i in rng.permutation(len(asked))[:8]]

@@ -52,8 +52,9 @@ class Recipe:
     lora: LoRAConfig | None = None
 
 
-# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). Those of aquila-plus
-# are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, LoRA on the LM).
+# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). Those of
+# aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and LoRA
+# on the LM).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
@@ -268,7 +269,8 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default tiny)")
     p.add_argument("--stage", type=int, required=True, choices=(1, 2, 3),
-                   help="aquila: 1 aligns, 2 instructs with LoRA; aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
+                   help="aquila: 1 aligns, 2 instructs with LoRA; "
+                        "aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
     p.add_argument("--data", help=".jsonl or .json file of records (default: the built-in scenes)")
     p.add_argument("--images", default=".", help="folder that image paths start from (default: here)")
     p.add_argument("--scenes", type=int, help="built-in train scenes, when there is no --data (default: the recipe's)")
@@ -323,7 +325,8 @@ def resolve(args):
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; expected one of {', '.join(PRESETS)}")
     if args.stage not in RECIPES[args.preset]:
-        raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {', '.join(map(str, RECIPES[args.preset]))}")
+        stages = ", ".join(map(str, RECIPES[args.preset]))
+        raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {stages}")
     recipe = RECIPES[args.preset][args.stage]
     changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
                     scenes="scenes")
@@ -331,7 +334,8 @@ def resolve(args):
     if lora and not recipe.lora:
         raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
     if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
-        raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset, without --lora-...")
+        raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset; "
+                         "leave it out, or --lora-...")
     recipe = dataclasses.replace(recipe, **changes, lora=recipe.lora and dataclasses.replace(recipe.lora, **lora)
                                  if not args.full_llm else None)
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")

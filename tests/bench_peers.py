@@ -1,6 +1,6 @@
 """
-Our parts against the published code in speed: same weights, same threads, interleaved, medians. On an idle machine, in the
-environment of tests/requirements-peers.txt.
+Our parts against the published code in speed: same weights, same threads, interleaved, medians. On an idle machine, in
+the environment of tests/requirements-peers.txt.
 
     python tests/bench_peers.py convnext                # ConvNeXt-Large at 512 pixels, timm in its faster memory format
     python tests/bench_peers.py prefill                 # a Llama of 0.5 B, prompts of 1,100 tokens, transformers

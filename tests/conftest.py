@@ -16,7 +16,8 @@ from llama import LlamaConfig  # noqa: E402
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vision=ConvNeXtConfig((1, 1, 1, 1), (8, 12, 16, 24)), image_size=64, dim=16,
-    mda_layers=(0, 2), llm=LlamaConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=264, head_dim=8))
+    mda_layers=(0, 2),
+    llm=LlamaConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=264, head_dim=8))
 
 
 @torch.no_grad()

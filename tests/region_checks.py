@@ -95,7 +95,7 @@ def draw_similarity(model, path, indices=range(6)):
     sheet = Image.new("RGB", (2 * zoom * size + 12, len(indices) * (zoom * size + 4)), "white")
     for row, index in enumerate(indices):
         s = scene(index, size)
-        fine = F.normalize(model.see(to_tensor(s.image)[None])[0] - 0, dim=1)
+        fine = F.normalize(model.see(to_tensor(s.image)[None])[0], dim=1)
         fine = F.normalize(fine - fine.mean((2, 3), keepdim=True), dim=1)
         o = max(s.objects, key=lambda o: o.mask.sum())
         own = F.normalize(mask_pool(fine, torch.from_numpy(o.mask)[None, None])[0, 0], dim=0)

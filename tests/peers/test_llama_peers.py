@@ -27,8 +27,8 @@ from llama import (
     their_name,
 )
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+import peft
+import transformers
 
 SCALED = dict(
     rope_type="llama3",
@@ -162,7 +162,6 @@ def test_transformers_reads_what_we_save(tmp_path, name, dtype):
 @pytest.fixture
 def meta_model(monkeypatch):
     """llama_models' Transformer in one process: fairscale's layers, which split a matrix over GPUs, are plain there."""
-    pytest.importorskip("llama_models")
     parallel = "fairscale.nn.model_parallel"
     modules = {
         name: types.ModuleType(name)

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from llama import BYTE_OF, load_tokenizer  # noqa: E402
 
-tokenizers = pytest.importorskip("tokenizers")
+import tokenizers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = json.loads((GOLDEN / "tokenizer_ids.json").read_text(encoding="utf-8"))["texts"]
@@ -106,7 +106,7 @@ def test_given_directory():
 
 @pytest.fixture(scope="module")
 def meta():
-    llama3 = pytest.importorskip("llama_models.llama3.tokenizer")
+    import llama_models.llama3.tokenizer as llama3
     file = Path(llama3.__file__).parent / "tokenizer.model"
     return load_tokenizer(file), llama3.Tokenizer(file)
 
