@@ -63,7 +63,8 @@ def write_llama(model, folder):
     pieces = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
     pieces += [b"%c%c%c" % (97 + i // 2600 % 26, 97 + i // 100 % 26, 28 + i % 100) + bytes([i // 67600]) for i in
                range(128000 - len(pieces))]
-    (folder / "tokenizer.model").write_text("".join(f"{base64.b64encode(p).decode()} {i}\n" for i, p in enumerate(pieces)))
+    lines = [f"{base64.b64encode(piece).decode()} {i}\n" for i, piece in enumerate(pieces)]
+    (folder / "tokenizer.model").write_text("".join(lines))
 
 
 def write(folder):

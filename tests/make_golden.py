@@ -205,7 +205,8 @@ def byte_level():
             vocab = t["model"]["vocab"]
             first, n = len(special), len(vocab) - len(special)
             vocab = {token: i if i < first else first + (i * 101) % n for token, i in vocab.items()}
-            t["model"]["vocab"] = vocab | {token: len(vocab) + i for i, token in enumerate(["ĠHello", "code", "ĊĊĊ"])}
+            whole = ["ĠHello", "code", "ĊĊĊ"]
+            t["model"]["vocab"] = vocab | {token: len(vocab) + i for i, token in enumerate(whole)}
             t["model"]["ignore_merges"] = True
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(t))
         (GOLDEN / f"tokenizer_{name}.json").write_text(json.dumps(t, ensure_ascii=False), encoding="utf-8")

@@ -79,7 +79,8 @@ def features_match(model, n, out):
             x = F.normalize(x - x.mean((0, 1)), dim=-1)
             cosine = x[:, 0] @ x[:, 0].T
             kinds = [(f[1], f[2]) for f in found]
-            same = [cosine[i, j].item() for i in own for j in own if kinds[i] == kinds[j] and found[i][0] != found[j][0]]
+            same = [cosine[i, j].item() for i in own for j in own
+                    if kinds[i] == kinds[j] and found[i][0] != found[j][0]]
             other = [cosine[i, j].item() for i in own for j in own if kinds[i][0] != kinds[j][0]
                      and found[i][0] != found[j][0]]
             columns[p] = [np.mean(same), np.mean(other), np.mean([(x[i, 0] @ x[i, 1]).item() for i in own])]
@@ -113,7 +114,7 @@ def draw_similarity(model, path, indices=range(6)):
 # ---------------------------------------------------------------------------------------------- 2. token sequence
 
 def trace(model, tokenizer):
-    """From the words to the embeddings: every token of a prompt with one region, its id and where its vector is from."""
+    """From words to embeddings: every token of a prompt with one region, its id and where its vector is from."""
     record = next(r for r in scenes.records("test", 5, "region", size=model.config.image_size) if len(r["masks"]) == 1)
     row = Records([record], ".", tokenizer, model.config, answer=False)[0]
     x, _ = model.prepare(collate([row]))
@@ -139,7 +140,8 @@ def placed(dx=0.0, dy=0.0, scale=1.0, turn=0.0, side=224):
 
 def spatial_token(model, out):
     """Cosine of the spatial token with that of the untouched mask: it should fall steadily with every change."""
-    steps = {"moved right by": ("dx", (0, 0.02, 0.05, 0.1, 0.2, 0.4)), "moved down by": ("dy", (0, 0.02, 0.05, 0.1, 0.2, 0.4)),
+    far = (0, 0.02, 0.05, 0.1, 0.2, 0.4)
+    steps = {"moved right by": ("dx", far), "moved down by": ("dy", far),
              "scaled by": ("scale", (1, 1.1, 1.25, 1.5, 2, 0.5)), "turned by": ("turn", (0, 5, 15, 45, 90, 180))}
     print("\n3. Cosine of the spatial token with that of the mask as it was")
     pictures = []
@@ -152,7 +154,8 @@ def spatial_token(model, out):
         print(f"{words:16}" + "".join(f"{v:>8} {c:5.2f}" for v, c in zip(values, cosine.tolist())))
         pictures.append(masks[0].numpy())
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in pictures])
-    Image.fromarray((~grid * 255).astype(np.uint8)).resize((grid.shape[1] // 2, grid.shape[0] // 2)).save(out / "spatial.png")
+    picture = Image.fromarray((~grid * 255).astype(np.uint8))
+    picture.resize((grid.shape[1] // 2, grid.shape[0] // 2)).save(out / "spatial.png")
 
 
 # ---------------------------------------------------------------------------------------------- 4. and 5. prompts
@@ -203,8 +206,8 @@ def prompts(model, tokenizer, n):
         asked = with_masks(items, change)
         right, names = answers(model, tokenizer, [r for r, _ in asked]), np.array([o.name for _, o in asked])
         most = max((names == name).mean() for name in scenes.CLASSES)
-        print(f"{words:16}{percent(right):>14}" + "".join(f"{percent(right[names == name]):>15}" for name in scenes.CLASSES)
-              + f"{100 * most:15.1f}")
+        by_class = "".join(f"{percent(right[names == name]):>15}" for name in scenes.CLASSES)
+        print(f"{words:16}{percent(right):>14}{by_class}{100 * most:15.1f}")
 
 
 def overlaps(model, tokenizer, n):

@@ -441,7 +441,8 @@ def test_check_lists_every_problem_in_one_pass(tmp_path):
 def test_what_check_tolerates_is_counted(tmp_path):
     """A flat polygon list is one polygon, one that leaves the image is clipped; both are told, neither is a problem."""
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    masks = [[2, 2, 20, 2, 20, 20], [[2, 2, 60, 2, 60, 20]], {"segmentation": [-5, 2, 20, 2, 20, 20]}, {"bbox": [1, 1, 9, 9]}]
+    masks = [[2, 2, 20, 2, 20, 20], [[2, 2, 60, 2, 60, 20]], {"segmentation": [-5, 2, 20, 2, 20, 20]},
+             {"bbox": [1, 1, 9, 9]}]
     rows = [{**record("<image>\n<region>", "b", image="a.png", masks=[mask]), "id": i} for i, mask in enumerate(masks)]
     out = run("check", write(tmp_path / "f.jsonl", *rows), "--images", tmp_path, "--workers", 1)
     assert out.returncode == 0 and out.stdout.splitlines()[:-1] == [

@@ -1,6 +1,6 @@
 """
-Proves the mask pooling against a loop over pixels, pins what the published way loses and the area way keeps, and follows
-regions through the whole model: slots, tokens, batches, decoding, stages.
+Proves the mask pooling against a loop over pixels, pins what the published way loses and the area way keeps, and
+follows regions through the whole model: slots, tokens, batches, decoding, stages.
 
     pytest tests/test_mask_extractor.py
 """

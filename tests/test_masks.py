@@ -53,9 +53,11 @@ def test_an_object_of_a_scene():
 
 
 BAD = {
-    "empty polygon": ([[0, 0, 0, 0, 0, 0]], "is empty on an image of 6 x 5"), "outside": ({"bbox": [50, 50, 3, 3]}, "empty"),
+    "empty polygon": ([[0, 0, 0, 0, 0, 0]], "is empty on an image of 6 x 5"),
+    "outside": ({"bbox": [50, 50, 3, 3]}, "empty"),
     "too few numbers": ([[1, 2, 3, 4]], "expected 6 or more numbers"), "odd": ([[1, 2, 3, 4, 5, 6, 7]], "numbers x, y"),
-    "words": ([["a"] * 6], "numbers"), "not finite": ([[float("nan")] * 6], "numbers"), "huge": ([[1e300] * 6], "numbers"),
+    "words": ([["a"] * 6], "numbers"), "not finite": ([[float("nan")] * 6], "numbers"),
+    "huge": ([[1e300] * 6], "numbers"),
     "nothing": ({}, "expected a file, polygons"), "number": (7, "expected a file"), "none": (None, "expected a file"),
     "sum": ({"size": [5, 6], "counts": [7, 2]}, r"add up to 9, expected 5 x 6 = 30"),
     "negative": ({"size": [5, 6], "counts": [40, -10]}, "add up to"), "size": ({"size": [6], "counts": [1]}, "size"),

@@ -49,8 +49,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, lora):
 
 def test_batches_split_one_stream_among_processes():
     """
-    Two processes take what one takes, in every step; every sample once an epoch; a resumed stream goes on; inside a step
-    the longer samples come last.
+    Two processes take what one takes, in every step; every sample once an epoch; a resumed stream goes on; inside a
+    step the longer samples come last.
     """
     lengths = [7, 3, 9, 1, 8, 2, 6, 4, 5, 0]
 
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(data, stage1, tmp_path):
 
 
 def test_the_three_stages_of_aquila_plus(data, tmp_path):
-    """Each starts from the one before; stage 3 by LoRA, and with the LM's own weights, which the checkpoint then holds."""
+    """Each starts from the one before; stage 3 by LoRA, and with the LM's own weights, which the checkpoint holds."""
     small = ("--preset", "tiny-plus", "--scenes", 4, "--batch", 4, "--micro", 2, "--steps", 1)
     for stage, start in ((1, ()), (2, ("--init-from", tmp_path / "1")), (3, ("--init-from", tmp_path / "2"))):
         assert command(*small, "--stage", stage, *start, "--out", tmp_path / str(stage)) == (0, "")
@@ -162,8 +162,9 @@ def test_the_three_stages_of_aquila_plus(data, tmp_path):
 
 
 def test_two_processes_one_without_regions(data, tmp_path):
-    """Stage 2 of aquila-plus trains the mask extractor alone; a micro-batch without a region must not stop the other."""
-    rows = data.read_text().splitlines()[:3] + [json.dumps(r) for r in scenes.records("train", 3, "region chat", size=128)]
+    """Stage 2 of aquila-plus trains the extractor alone; a micro-batch without a region must not stop the other."""
+    regions = scenes.records("train", 3, "region chat", size=128)
+    rows = data.read_text().splitlines()[:3] + [json.dumps(record) for record in regions]
     (tmp_path / "mixed.jsonl").write_text("\n".join(rows))
     common = ("--preset", "tiny-plus", "--batch", 2, "--micro", 1, "--steps", 3, "--data", tmp_path / "mixed.jsonl")
     assert command(*common, "--stage", 1, "--out", tmp_path / "start")[0] == 0
