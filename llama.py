@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import re
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,10 +99,8 @@ def rotate(x, cos, sin):
 
 
 def linear(x, weight):
-    """F.linear, except that a single vector, as in decoding, goes through the faster matrix-vector product."""
-    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-        return torch.matmul(weight, x.flatten()).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    """F.linear, except that a bare vector, as in decoding, goes through the faster matrix-vector product."""
+    return torch.mv(weight, x) if x.dim() == 1 else F.linear(x, weight)
 
 
 class Linear(nn.Linear):
@@ -119,6 +118,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if x.dim() == 1 and not torch.is_grad_enabled():    # the same in half the operations; item() stops gradients
+            square = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2
+            return x * (square / len(x) + self.eps) ** -0.5 * self.weight.to(x.dtype)
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight.to(x.dtype)
@@ -140,14 +142,15 @@ class KVCache:
         end = self.filled + T
         if end > self.k.shape[3]:
             raise ValueError(f"KV cache holds {self.k.shape[3]} positions, {end} are needed; make it longer")
+        keys, values = self.k[i], self.v[i]
         if B == 1 or self.filled == 0:
-            self.k[i, :, :, self.filled:end], self.v[i, :, :, self.filled:end] = k, v
+            keys[:, :, self.filled:end], values[:, :, self.filled:end] = k, v
         else:                               # rows of unequal length: each goes on at its own place
             rows = torch.arange(B, device=k.device)[:, None]
             at = self.lengths[:, None] + torch.arange(T, device=k.device)          # (B, T)
-            self.k[i].transpose(1, 2)[rows, at] = k.transpose(1, 2)
-            self.v[i].transpose(1, 2)[rows, at] = v.transpose(1, 2)
-        return self.k[i, :, :, :end], self.v[i, :, :, :end]
+            keys.transpose(1, 2)[rows, at] = k.transpose(1, 2)
+            values.transpose(1, 2)[rows, at] = v.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, by):
         self.lengths, self.filled = self.lengths + by, self.filled + by
@@ -168,9 +171,9 @@ class Attention(nn.Module):
         self.o = Linear(c.n_heads * c.head_dim, c.dim)
 
     def forward(self, x, rope, mask, cache=None, i=0):
-        c, (B, T, _) = self.config, x.shape
-        q = rotate(self.q(x).view(B, T, c.n_heads, c.head_dim).transpose(1, 2), *rope)       # (B, nh, T, hd)
-        k = rotate(self.k(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2), *rope)    # (B, nkv, T, hd)
+        c, (B, T) = self.config, x.shape[:-1] or (1, 1)
+        qk = torch.cat((self.q(x), self.k(x)), dim=-1).view(B, T, -1, c.head_dim).transpose(1, 2)
+        q, k = rotate(qk, *rope).split((c.n_heads, c.n_kv_heads), dim=1)           # (B, nh, T, hd), (B, nkv, T, hd)
         v = self.v(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
         if cache is not None:
             first = cache.filled == 0
@@ -181,7 +184,7 @@ class Attention(nn.Module):
         causal = mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            enable_gqa=c.n_heads != c.n_kv_heads)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
 
 class FeedForward(nn.Module):
@@ -231,6 +234,9 @@ class Llama(nn.Module):
         x = self.embed(x) if not x.is_floating_point() else x
         B, T, _ = x.shape
         rope, mask = self.positions(B, T, x, cache)
+        # Decoding on a CPU runs on a bare vector: after the weights have passed through the caches, each call is slow.
+        alone = B * T == 1 and x.is_cpu and between is None and at is None and not torch.is_grad_enabled()
+        x = x[0, 0] if alone else x                                                # (D,)
         for i in range(len(self.layers)):
             if self.grad_checkpoint and self.training:
                 x = checkpoint(self.run_layer, i, x, rope, mask, between, use_reentrant=False)
@@ -239,7 +245,8 @@ class Llama(nn.Module):
         if cache is not None:
             cache.advance(T)
         x = self.norm(x if at is None else x[at])
-        return linear(x, self.embed.weight) if self.head is None else self.head(x)
+        x = linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return x.view(1, 1, -1) if alone else x
 
     def run_layer(self, i, x, rope, mask, between, cache=None):
         if between is not None:
@@ -271,6 +278,16 @@ def pick(logits, temperature, top_p, generator=None):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
+@contextmanager
+def onednn(wanted):
+    """oneDNN on or off, in the whole process. For one vector, calling it costs more than it saves."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, wanted
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 @torch.inference_mode()
 def generate(model, x, lengths=None, max_new_tokens=256, stop_ids=(), temperature=0.0, top_p=1.0, between=None,
              generator=None):
@@ -293,7 +310,8 @@ def generate(model, x, lengths=None, max_new_tokens=256, stop_ids=(), temperatur
             return
         yield ids.masked_fill(~running, -1)
         if step + 1 < max_new_tokens:
-            logits = model(ids[:, None], cache=cache)[:, -1]
+            with onednn(B > 1):
+                logits = model(ids[:, None], cache=cache)[:, -1]
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
@@ -315,8 +333,8 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))                  # as nn.Linear starts, and PEFT
 
     def forward(self, x):
-        low = linear(F.dropout(x, self.p, self.training), self.lora_a.to(x.dtype))
-        return linear(x, self.weight) + linear(low, self.lora_b.to(x.dtype)) * (self.alpha / self.rank)
+        low = linear(F.dropout(x, self.p, self.training), self.lora_a.to(x.dtype)) * (self.alpha / self.rank)
+        return linear(x, self.weight) + linear(low, self.lora_b.to(x.dtype))
 
 
 def lora_layers(model):

@@ -6,10 +6,11 @@ train split.
     python pretrain.py llm         # weights/tiny-llm/: a Llama, and its tokenizer, trained on text alone
     python pretrain.py             # both
 
-What the papers take from the web is imitated in kind: the vision tower sees pictures with sentences and learns which
-belong together, and never an object class as a label; the language model reads sentences and conversations, and never
-a picture. Neither sees a scene of the val or test split. The files have the published layouts (open_clip's key names;
-a Hugging Face directory), so that the tiny parts go through the very loaders that read the real ones.
+What the papers take from the web is imitated in kind: the vision tower sees pictures with short texts and learns which
+belong together, through a text tower, never an object class as a label; the language model reads sentences and
+conversations, and never a picture. Neither sees a scene of the val or test split. The files have the published layouts
+(open_clip's key names; a Hugging Face directory), so that the tiny parts go through the very loaders that read the
+real ones.
 """
 import argparse
 import dataclasses
@@ -42,21 +43,24 @@ def place(item):
     return scenes.cell(item) or NINTHS[3 * min(int(item.y * 3), 2) + min(int(item.x * 3), 2)]
 
 
+def land(ground):
+    return ground.cover + (f" with {ground.feature.kind}" if ground.feature else "")
+
+
 def report(index, rng):
     """Every fact of a scene as one line: each object with its color and its place, and the land."""
     ground = scenes.layout("train", index, 0)
     facts = [f"{o.color} {o.name} {place(o)}" for o in ground.items]
     rng.shuffle(facts)
-    land = ground.cover + (f" with {ground.feature.kind}" if ground.feature else "")
-    return "; ".join([land] + facts)
+    return "; ".join([land(ground)] + facts)
 
 
-# ---------------------------------------------------------------------------------------------- vision, CLIP's way
+# ---------------------------------------------------------------------------------------------- vision, as SigLIP
 
 class TextTower(nn.Module):
     """A small CLIP text tower over whole words, with open_clip's parameter names."""
 
-    def __init__(self, words, width, out_dim, length=64, layers=2):
+    def __init__(self, words, width, out_dim, length=16, layers=2):
         super().__init__()
         self.index = {w: i + 1 for i, w in enumerate(words)}                       # 0 pads
         self.length = length
@@ -78,7 +82,7 @@ class TextTower(nn.Module):
     def tokens(self, texts):
         ids = torch.zeros(len(texts), self.length, dtype=torch.long)
         for row, text in zip(ids, texts):
-            found = [self.index[w] for w in split_words(text)][:self.length]
+            found = [self.index[word] for word in text.split()][:self.length]
             row[:len(found)] = torch.tensor(found)
         return ids[:, :int((ids > 0).sum(1).max())]
 
@@ -100,13 +104,15 @@ class CLIP(nn.Module):
         for block in (b for stage in self.trunk.stages for b in stage.blocks):
             nn.init.constant_(block.gamma, 0.5)         # 1e-6 is for training much longer than this
         self.norm, self.proj = ChannelNorm(config.dims[-1], config.eps), nn.Linear(config.dims[-1], out_dim, bias=False)
-        self.text, self.logit_scale = TextTower(words, 128, out_dim), nn.Parameter(torch.tensor(math.log(10.0)))
+        self.text = TextTower(words, 128, out_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.logit_bias = nn.Parameter(torch.tensor(-4.0))                         # most pairs do not belong together
 
     def forward(self, images, ids):
-        """-> logits (B, B): row i, column j says how well image i and text j go together."""
+        """images (B, 3, H, W), ids (U, length) -> logits (B, U): does text j belong to image i?"""
         image = F.normalize(self.proj(self.norm(self.trunk(images)[-1]).mean((2, 3))).float(), dim=-1)
         text = F.normalize(self.text(ids).float(), dim=-1)
-        return self.logit_scale.exp().clamp(max=100) * image @ text.T
+        return self.logit_scale.exp().clamp(max=100) * image @ text.T + self.logit_bias
 
     def open_clip_state(self):
         names = {"trunk.": "visual.trunk.", "norm.": "visual.trunk.head.norm.", "proj.": "visual.head.proj.",
@@ -115,21 +121,22 @@ class CLIP(nn.Module):
         return {rename(k): v.detach().half().contiguous() for k, v in self.state_dict().items()}
 
 
-def split_words(text):
-    return text.replace(";", " ;").split()
-
-
 def render(index):
     return scenes.make_scene("train", index, 0, SIZE).image
 
 
-def pairs(indices, rng):
-    """A text for each scene: one of its five captions, or the report."""
-    texts = []
-    for i in indices:
-        key = scenes.Key("train", 0, int(i), SIZE)
-        texts.append(report(i, rng) if rng.random() < 0.6 else str(rng.choice(scenes.captions(key))))
-    return texts
+def phrases(index):
+    """The short texts that are true of a scene: its land, "four red ships", "red ship top left"."""
+    ground = scenes.layout("train", int(index), 0)
+    counted = [scenes.phrase([group]) for group in scenes.count_objects(ground).items()]
+    return {land(ground), *counted, *(f"{o.color} {o.name} {place(o)}" for o in ground.items)}
+
+
+def pairs(indices):
+    """-> the texts of all these scenes, U different ones, and which are true of which: (B, U) zeros and ones."""
+    found = [phrases(i) for i in indices]
+    texts = sorted(set().union(*found))
+    return texts, torch.tensor([[float(text in own) for text in texts] for own in found])
 
 
 def schedule(step, steps, peak, warmup=0.05):
@@ -169,7 +176,7 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
     with ProcessPoolExecutor() as pool:
         images = torch.from_numpy(np.stack(list(pool.map(render, range(n_scenes), chunksize=64))))  # (n, H, W, 3) uint8
     print(f"vision: {n_scenes} scenes drawn", flush=True)
-    words = sorted({w for text in pairs(np.arange(5000) % n_scenes, rng) for w in split_words(text)})
+    words = sorted({word for i in range(min(n_scenes, 5000)) for text in phrases(i) for word in text.split()})
     model = CLIP(CONVNEXTS["tiny"], words)
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     order = []
@@ -179,9 +186,11 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
             order.extend(rng.permutation(n_scenes).tolist())
         picked = [order.pop() for _ in range(batch)]
         pixels = (images[picked].permute(0, 3, 1, 2).float() / 255 - mean) / std
-        logits = model(pixels, model.text.tokens(pairs(picked, rng)))
-        target = torch.arange(batch)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        texts, true = pairs(picked)
+        # SigLIP's loss: each of the B x U pairs belongs together or not. A text that is true of another image of the
+        # batch, too, is no negative; "three red ships" is one for a picture of four, so that counts must be seen.
+        logits = model(pixels, model.text.tokens(texts))
+        return F.binary_cross_entropy_with_logits(logits, true, reduction="sum") / true.sum()
 
     train(model, loss_of_step, steps, 2e-3, 0.05, "vision")
     out.mkdir(parents=True, exist_ok=True)
@@ -298,12 +307,13 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"),
                         help="folder to write (default weights)")
     parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
-    parser.add_argument("--vision-steps", type=int, default=800, help="steps of 128 image-text pairs (default 800)")
+    parser.add_argument("--vision-steps", type=int, default=2000,
+                        help="steps of 64 images and their texts (default 2000)")
     parser.add_argument("--llm-steps", type=int, default=4000, help="steps of 16 conversations (default 4000)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     if args.part != "llm":
-        pretrain_vision(args.out, args.scenes, args.vision_steps, 128, args.seed)
+        pretrain_vision(args.out, args.scenes, args.vision_steps, 64, args.seed)
     if args.part != "vision":
         pretrain_llm(args.out, args.scenes, args.llm_steps, 16, args.seed)
 

@@ -317,11 +317,50 @@ def test_a_full_cache_says_so():
 
 
 @torch.no_grad()
-def test_bfloat16_decodes_near_float32():
-    """One vector takes another product than many do: both must round once, from a float32 sum."""
-    x, w = torch.randn(1, 1, 512, dtype=torch.bfloat16), torch.randn(300, 512, dtype=torch.bfloat16)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bfloat16_decodes_near_float32(wanted):
+    """A bare vector takes other products than a batch: all must round once, from a float32 sum."""
+    x, w = torch.randn(512, dtype=torch.bfloat16), torch.randn(300, 512, dtype=torch.bfloat16)
     exact = F.linear(x.double(), w.double())
-    assert llama.linear(x, w).shape == exact.shape and difference(llama.linear(x, w).double(), exact) < 2**-8
+    with llama.onednn(wanted):
+        assert torch.backends.mkldnn.enabled == wanted
+        assert difference(llama.linear(x, w).double(), exact) < 2**-8
+    assert torch.backends.mkldnn.enabled
+
+
+@torch.no_grad()
+def test_onednn_is_back_after_an_error():
+    with pytest.raises(KeyError), llama.onednn(False):
+        raise KeyError
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+@torch.no_grad()
+def test_a_lone_token_is_computed_as_in_a_batch(dtype, lora):
+    """One token without gradients runs as a bare vector; `between` keeps it in a batch."""
+    model, ids = random_llama(), random_ids(1, 6)
+    if lora:
+        for _, m in llama.lora_layers(llama.apply_lora(model, rank=2)):
+            torch.nn.init.normal_(m.lora_b)
+    model.to(dtype)
+    logits = []
+    for between in (None, lambda i, x: x):
+        cache = KVCache(model.config, 1, 6, dtype, "cpu")
+        model(ids[:, :5], cache=cache)
+        logits.append(model(ids[:, 5:], cache=cache, between=between))
+    assert logits[0].shape == (1, 1, 50)
+    assert difference(*logits) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_a_lone_vector_keeps_its_gradient():
+    """The shorter norm of decoding has none: it must not run where gradients are wanted."""
+    norm, x = llama.RMSNorm(8, 1e-5), torch.randn(8)
+    expected = torch.autograd.functional.jacobian(lambda v: norm(v[None])[0], x)
+    assert difference(torch.autograd.functional.jacobian(norm, x), expected) < 1e-6
+    with torch.no_grad():
+        assert difference(norm(x), norm(x[None])[0]) < 1e-6
 
 
 # ---- Hugging Face directories ----
