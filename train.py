@@ -60,8 +60,8 @@ RECIPES = {
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
-    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=3200),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=6000,
+    "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=8000,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
@@ -69,7 +69,7 @@ RECIPES = {
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
                   2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=6400),
-                  3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=4000,
+                  3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=4800,
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
@@ -134,7 +134,10 @@ class Batches:
                     order = torch.randperm(n, generator=generator).tolist()
                 picked.append(order[i % n])
             picked.sort(key=lambda i: self.lengths[i])
-            for first in range(self.rank * self.micro, self.batch, self.micro * self.world):
+            for i in range(0, self.batch, self.micro * self.world):
+                # Dealt to and fro, so that no process always gets the longest.
+                place = self.rank if i // (self.micro * self.world) % 2 == 0 else self.world - 1 - self.rank
+                first = i + place * self.micro
                 yield picked[first:first + self.micro]
 
 
