@@ -2,9 +2,9 @@
 Makes the tiny stand-ins for CLIP and Llama that stand in weights/, from scratch, on the built-in scenes of the
 train split.
 
-    python pretrain.py vision      # weights/tiny-clip.safetensors: a ConvNeXt and a text tower trained as CLIP is
-    python pretrain.py llm         # weights/tiny-llm/: a Llama, and its tokenizer, trained on text alone
-    python pretrain.py             # both
+    python pretrain.py vision     # weights/tiny-clip.safetensors: a ConvNeXt and a text tower, from pictures with texts
+    python pretrain.py llm        # weights/tiny-llm/: a Llama, and its tokenizer, trained on text alone
+    python pretrain.py            # both
 
 What the papers take from the web is imitated in kind: the vision tower sees pictures with short texts and learns which
 belong together, through a text tower, never an object class as a label; the language model reads sentences and

@@ -61,7 +61,7 @@ RECIPES = {
                   2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=8000,
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
