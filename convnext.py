@@ -136,7 +136,6 @@ LEFT_OUT = {  # layout: {beginning of a name as the file has it: why it is not l
         "attn_mask": "text tower, a constant",
         "text.": "text tower of models with their own text class",
         "logit_scale": "temperature of the contrastive loss",
-        "logit_bias": "offset of SigLIP's contrastive loss",
         "logit_bias": "offset of the sigmoid loss",
     },
     "timm": {"head.": "norm after the pooling, classifier", "norm_pre.": "norm before the pooling"},
