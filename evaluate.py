@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -310,6 +311,9 @@ def parse_args():
                    help="--ask: print seconds for loading, vision, prefill and a token")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                    help="of all weights (default float32)")
+    p.add_argument("--compile", action="store_true",
+                   help="compile the decoding of the answer: some 10 s once, then more tokens a second; needs a C++ "
+                        "compiler on a CPU")
     return p, p.parse_args()
 
 
@@ -328,6 +332,9 @@ def check_args(args):
         raise ValueError("--sanity goes with --benchmark and without --model, where it is printed anyway")
     if not (args.model or args.score or args.sanity):
         raise ValueError("give --model, the folder that train.py wrote")
+    if args.compile and not (torch.cuda.is_available() or os.environ.get("CXX") or shutil.which("g++")):
+        raise ValueError("--compile needs a C++ compiler, and there is no g++ and no CXX in the environment; "
+                         "install one or leave --compile out")
     if args.metrics:
         metrics.check_metrics(args.metrics)
 
@@ -408,6 +415,8 @@ def run(args):
     tokenizer = load_tokenizer(find(model.config.llm_dir, "language model"))
     if args.no_mda:
         model.mda = torch.nn.ModuleDict()
+    if args.compile:
+        model.llm.compile_decoding()
     if args.image:
         ask(model, tokenizer, args)
     elif jobs:

@@ -118,7 +118,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        if x.dim() == 1 and not torch.is_grad_enabled():    # the same in half the operations; item() stops gradients
+        if x.dim() == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The same in half the operations; item() stops gradients and cannot be compiled.
             square = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2
             return x * (square / len(x) + self.eps) ** -0.5 * self.weight.to(x.dtype)
         y = x.float()
@@ -136,21 +137,19 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.filled = 0                     # the longest row, as a plain number, so that nothing waits for a GPU
 
-    def write(self, i, k, v):
-        """Put k, v (B, nkv, T, hd) behind what each row holds; return all keys and values up to the longest row."""
-        B, _, T, _ = k.shape
+    def place(self, T, fixed=False):
+        """
+        -> where, an index into (B, max_len) for the next T positions, and how many keys they have. fixed: tensors, and
+        all the keys at every step, as compiled code wants it; a mask hides those that are not real yet.
+        """
+        _, B, _, max_len, _ = self.k.shape
         end = self.filled + T
-        if end > self.k.shape[3]:
-            raise ValueError(f"KV cache holds {self.k.shape[3]} positions, {end} are needed; make it longer")
-        keys, values = self.k[i], self.v[i]
-        if B == 1 or self.filled == 0:
-            keys[:, :, self.filled:end], values[:, :, self.filled:end] = k, v
-        else:                               # rows of unequal length: each goes on at its own place
-            rows = torch.arange(B, device=k.device)[:, None]
-            at = self.lengths[:, None] + torch.arange(T, device=k.device)          # (B, T)
-            keys.transpose(1, 2)[rows, at] = k.transpose(1, 2)
-            values.transpose(1, 2)[rows, at] = v.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+        if end > max_len:
+            raise ValueError(f"KV cache holds {max_len} positions, {end} are needed; make it longer")
+        if not fixed and (B == 1 or self.filled == 0):
+            return (slice(None), slice(self.filled, end)), end
+        rows, new = torch.arange(B, device=self.k.device), torch.arange(T, device=self.k.device)
+        return (rows[:, None], self.lengths[:, None] + new), max_len if fixed else end       # each row at its own place
 
     def advance(self, by):
         self.lengths, self.filled = self.lengths + by, self.filled + by
@@ -170,15 +169,16 @@ class Attention(nn.Module):
         self.v = Linear(c.dim, c.n_kv_heads * c.head_dim)
         self.o = Linear(c.n_heads * c.head_dim, c.dim)
 
-    def forward(self, x, rope, mask, cache=None, i=0):
+    def forward(self, x, rope, mask, stored=None, where=None):
+        """stored: keys and values (B, nkv, keys, hd) of this layer; where: the place in them for the new ones."""
         c, (B, T) = self.config, x.shape[:-1] or (1, 1)
         qk = torch.cat((self.q(x), self.k(x)), dim=-1).view(B, T, -1, c.head_dim).transpose(1, 2)
         q, k = rotate(qk, *rope).split((c.n_heads, c.n_kv_heads), dim=1)           # (B, nh, T, hd), (B, nkv, T, hd)
         v = self.v(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
-        if cache is not None:
-            first = cache.filled == 0
-            keys, values = cache.write(i, k, v)
-            if not first:
+        if stored is not None:
+            keys, values = stored
+            keys.transpose(1, 2)[where], values.transpose(1, 2)[where] = k.transpose(1, 2), v.transpose(1, 2)
+            if keys.shape[2] > T:
                 k, v = keys, values
         # T queries over T keys: plain causal. One query of one row: sees all keys. Else the mask says which.
         causal = mask is None and T > 1
@@ -204,8 +204,8 @@ class Layer(nn.Module):
         self.attn_norm, self.attn = RMSNorm(c.dim, c.norm_eps), Attention(c)
         self.mlp_norm, self.mlp = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
 
-    def forward(self, x, rope, mask, cache=None, i=0):
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache, i)
+    def forward(self, x, rope, mask, stored=None, where=None):
+        x = x + self.attn(self.attn_norm(x), rope, mask, stored, where)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -221,9 +221,17 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size)
         self.grad_checkpoint = False        # recompute each layer in the backward pass: less memory, a third more time
+        self.compiled_layer = None          # set by compile_decoding
         for p in self.parameters():
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=0.02)
+
+    def compile_decoding(self, backend="inductor"):
+        """
+        Compiles the steps of one position a row, as generate takes them after the prompt. One layer is compiled, at
+        the first such step (some 10 s; on a CPU a C++ compiler must be there), and serves them all.
+        """
+        self.compiled_layer = torch.compile(Layer.forward, backend=backend)
 
     def forward(self, x, cache=None, between=None, at=None):
         """
@@ -233,35 +241,43 @@ class Llama(nn.Module):
         """
         x = self.embed(x) if not x.is_floating_point() else x
         B, T, _ = x.shape
-        rope, mask = self.positions(B, T, x, cache)
+        compiled = self.compiled_layer is not None and cache is not None and cache.filled and T == 1 and between is None
+        where, keys = cache.place(T, compiled) if cache is not None else (None, T)
+        rope, mask = self.positions(B, T, x, cache, keys if compiled else 0)
         # Decoding on a CPU runs on a bare vector: after the weights have passed through the caches, each call is slow.
         alone = B * T == 1 and x.is_cpu and between is None and at is None and not torch.is_grad_enabled()
         x = x[0, 0] if alone else x                                                # (D,)
-        for i in range(len(self.layers)):
-            if self.grad_checkpoint and self.training:
+        for i, layer in enumerate(self.layers):
+            stored = (cache.k[i, :, :, :keys], cache.v[i, :, :, :keys]) if cache is not None else None
+            if compiled:
+                x = self.compiled_layer(layer, x, rope, mask, stored, where)
+            elif self.grad_checkpoint and self.training:
                 x = checkpoint(self.run_layer, i, x, rope, mask, between, use_reentrant=False)
             else:
-                x = self.run_layer(i, x, rope, mask, between, cache)
+                x = self.run_layer(i, x, rope, mask, between, stored, where)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x if at is None else x[at])
         x = linear(x, self.embed.weight) if self.head is None else self.head(x)
         return x.view(1, 1, -1) if alone else x
 
-    def run_layer(self, i, x, rope, mask, between, cache=None):
+    def run_layer(self, i, x, rope, mask, between, stored=None, where=None):
         if between is not None:
             x = between(i, x)
-        return self.layers[i](x, rope, mask, cache, i)
+        return self.layers[i](x, rope, mask, stored, where)
 
-    def positions(self, B, T, x, cache):
-        """-> (cos, sin) of the T new positions, and the mask (B, 1, T, keys), or None where none is needed."""
+    def positions(self, B, T, x, cache, keys=0):
+        """
+        -> (cos, sin) of the T new positions, and the mask (B, 1, T, keys), or None where none is needed.
+        keys: how many there are where that is more than the real ones.
+        """
         new = torch.arange(T, device=x.device)
         mask = None
         if cache is not None and cache.filled:
             new = cache.lengths[:, None] + new                                     # (B, T)
-            if T > 1 or B > 1:
-                keys = torch.arange(cache.filled + T, device=x.device)
-                mask = (keys <= new[..., None])[:, None]                           # (B, 1, T, keys)
+            if T > 1 or B > 1 or keys:
+                key = torch.arange(keys or cache.filled + T, device=x.device)
+                mask = (key <= new[..., None])[:, None]                            # (B, 1, T, keys)
         angle = new[..., None].float() * rope_frequencies(self.config, x.device)   # ([B,] T, hd/2)
         angle = torch.cat((angle, angle), dim=-1)
         if angle.dim() == 3:

@@ -4,7 +4,8 @@ the environment of tests/requirements-peers.txt.
 
     python tests/bench_peers.py convnext                # ConvNeXt-Large at 512 pixels, timm in its faster memory format
     python tests/bench_peers.py prefill                 # a Llama of 0.5 B, prompts of 1,100 tokens, transformers
-    python tests/bench_peers.py decode DIR              # greedy decoding, bfloat16, of a Hugging Face model in DIR
+    python tests/bench_peers.py decode DIR              # greedy decoding, bfloat16, of a Hugging Face model in DIR;
+                                                        # "compiled" is evaluate.py's --compile, warmed up before
 
 Prints milliseconds and the peer's time over ours (above 1: ours is faster).
 """
@@ -67,13 +68,17 @@ def bench_decode(rounds, folder, n=64):
     import transformers
     ours, tokenizer = load_llama(folder, dtype=torch.bfloat16), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    compiled = load_llama(folder, dtype=torch.bfloat16)
+    compiled.compile_decoding()
     ids = torch.tensor([tokenizer.encode("Once upon a time, in a harbor far away,")])
-    calls = {"ours": lambda: list(generate(ours, ours.embed(ids), stop_ids=(), max_new_tokens=n)),
+    answer = lambda model: [int(i) for i in generate(model, model.embed(ids), stop_ids=(), max_new_tokens=n)]
+    calls = {"ours": lambda: answer(ours), "ours, compiled": lambda: answer(compiled),
              "transformers": lambda: theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                                      pad_token_id=0)}
     times, ratios = interleaved(calls, rounds)
     report("decode bfloat16", times, ratios)
     print(", ".join(f"{name} {n / t:.1f} tokens/s" for name, t in times.items()))
+    print(f"transformers over ours, compiled: {ratios['transformers'] / ratios['ours, compiled']:.2f}x")
 
 
 def main():

@@ -249,6 +249,20 @@ def test_a_batch_of_unequal_prompts_gives_the_tokens_of_each_alone():
     assert len({tuple(a) for a in together}) == len(PROMPTS)  # else the comparison says nothing
 
 
+def test_compiled_decoding_gives_the_same_tokens():
+    model, seen = random_llama(), []
+    plain = [answers(model, PROMPTS), answers(model, PROMPTS[1:2], 20)[0]]
+
+    def backend(graph, example):
+        seen.append(graph)
+        return graph
+
+    model.compile_decoding(backend)
+    assert [answers(model, PROMPTS), answers(model, PROMPTS[1:2], 20)[0]] == plain
+    assert answers(model, PROMPTS[1:2], 31)[0][:20] == plain[1]
+    assert 2 <= len(seen) <= 3  # one graph for a batch, one for a lone vector (and one for other lengths): whole, shared
+
+
 def test_a_stop_token_ends_its_row_and_no_other():
     model = random_llama()
     free = answers(model, PROMPTS)
