@@ -121,6 +121,18 @@ class CLIP(nn.Module):
         return {rename(k): v.detach().half().contiguous() for k, v in self.state_dict().items()}
 
 
+@torch.no_grad()
+def balance(trunk, pixels):
+    """
+    Scales each stage so that its maps have RMS 1 on these images. Norms undo it, so that nothing else changes (but for
+    epsilon); a linear layer over the raw maps of all stages then learns from each alike.
+    """
+    for number, (stage, out) in enumerate(zip(trunk.stages, trunk(pixels))):
+        first = stage.downsample[1] if number else trunk.stem[1]
+        for p in (first.weight, first.bias, *(p for b in stage.blocks for p in (b.conv_dw.bias, b.gamma))):
+            p.div_(out.square().mean().sqrt())
+
+
 def render(index):
     return scenes.make_scene("train", index, 0, SIZE).image
 
@@ -193,6 +205,7 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
         return F.binary_cross_entropy_with_logits(logits, true, reduction="sum") / true.sum()
 
     train(model, loss_of_step, steps, 2e-3, 0.05, "vision")
+    balance(model.trunk, (images[:256].permute(0, 3, 1, 2).float() / 255 - mean) / std)
     out.mkdir(parents=True, exist_ok=True)
     save_file(model.open_clip_state(), out / "tiny-clip.safetensors", metadata={"words": json.dumps(words)})
     print(f"wrote {out / 'tiny-clip.safetensors'}")
