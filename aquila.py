@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +145,15 @@ class Aquila(nn.Module):
         """{name: parameter} of what was trained here, not read from the published files: what a checkpoint holds."""
         published = ("vision",) if self.config.full_llm else ("vision", "llm")
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
+
+    def checksums(self):
+        """{frozen part: checksum of its weights}, the same for every layout they are published in and every dtype."""
+        trained, sums = self.trained(), {}
+        for name, p in self.named_parameters():
+            if name not in trained:
+                some = p.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+                sums[part_of(name)] = (sums.get(part_of(name), 0) + zlib.crc32(some)) % 2 ** 32
+        return sums
 
     def see(self, images):
         """images (n, 3, H, W) -> the four feature maps. The vision encoder is frozen in every stage."""
@@ -289,29 +299,31 @@ def build(config, dtype=torch.float32, device="cpu"):
     return assemble(config, vision, llm).to(device)
 
 
-def save_file_atomically(tensors, path):
-    save_file(tensors, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def save_model(model, folder):
     """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file_atomically({k: p.detach().cpu().contiguous() for k, p in model.trained().items()},
-                         folder / "model.safetensors")
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config_to_dict(model.config), indent=1))
-    os.replace(temporary, folder / "config.json")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = {k: p.detach().cpu().contiguous() for k, p in model.trained().items()}
+    save_file(tensors, f"{weights}.tmp", metadata={"frozen": json.dumps(model.checksums())})
+    os.replace(f"{weights}.tmp", weights)
+    pathlib.Path(f"{config}.tmp").write_text(json.dumps(config_to_dict(model.config), indent=1))
+    os.replace(f"{config}.tmp", config)
 
 
 def load_trained(model, folder, only_known=False):
     """
     Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
-    (LoRA or the LM, when the stage before did not train it) keeps its start.
+    (LoRA or the LM, when the stage before did not train it) keeps its start. The frozen parts must be the same.
     """
     file = pathlib.Path(folder, "model.safetensors")
     with open_safetensors(file) as f:
+        frozen = json.loads((f.metadata() or {}).get("frozen", "{}"))
+        for part, checksum in model.checksums().items():
+            if frozen.get(part, checksum) != checksum:
+                now = model.config.vision_file if part == "vision" else model.config.llm_dir
+                raise ValueError(f"{file}: was trained on other weights than those of {now}; give with --{part} the "
+                                 "ones it was trained on, or train again")
         new = ("lora", "llm") if only_known else ()
         wanted = {k: p for k, p in model.trained().items() if k in f.keys() or part_of(k) not in new}
         fill(wanted, ((k, lambda k=k: f.get_tensor(k)) for k in f.keys()), str(file))

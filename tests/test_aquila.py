@@ -4,6 +4,7 @@ decoding equals a full forward, a checkpoint comes back whole, and a stage train
 
     pytest tests/test_aquila.py
 """
+import copy
 import dataclasses
 import json
 
@@ -167,15 +168,32 @@ def test_a_checkpoint_comes_back_whole(small, lora, tmp_path):
     model = small(lora=lora)
     save_model(model, tmp_path)
     torch.manual_seed(1)
-    other = Aquila(model.config)
+
+    def another(**changes):  # the same frozen parts, other weights of our own
+        new = Aquila(dataclasses.replace(model.config, **changes))
+        published = {k: p for k, p in model.named_parameters() if k not in model.trained()}
+        assert not new.load_state_dict(published, strict=False).unexpected_keys
+        return new
+
+    other = another()
     load_trained(other, tmp_path)
     assert all(torch.equal(p, other.trained()[k]) for k, p in model.trained().items())
     assert not any(k.startswith("vision") or (k.startswith("llm") and "lora" not in k) for k in model.trained())
     with pytest.raises(ValueError, match="missing.*mda.1"):
-        load_trained(Aquila(dataclasses.replace(SMALL, mda_layers=(0, 1, 2), lora=lora)), tmp_path)
-    without = Aquila(SMALL)
+        load_trained(another(mda_layers=(0, 1, 2)), tmp_path)
     with pytest.raises(ValueError, match="unexpected.*lora_a"):
-        load_trained(without, tmp_path)
+        load_trained(another(lora=None), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vision", "llm"])
+def test_a_checkpoint_knows_its_frozen_parts(small, part, tmp_path):
+    """Other frozen weights are refused by name; the same in another dtype are not."""
+    model = small()
+    save_model(model, tmp_path)
+    load_trained(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
+    next(p for k, p in model.named_parameters() if part_of(k) == part).data[0] += 0.1
+    with pytest.raises(ValueError, match=f"trained on other weights.*--{part}"):
+        load_trained(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", PRESETS)

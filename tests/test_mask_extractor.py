@@ -205,14 +205,14 @@ def test_without_a_region_every_parameter_has_a_gradient(plus, rows):
 def test_a_full_lm_is_saved_and_comes_back(plus, tmp_path, monkeypatch):
     """full_llm: the LM's weights stand in the checkpoint; from a stage without them, they keep the published ones."""
     import aquila
-    monkeypatch.setattr(aquila, "build", lambda config, *_: AquilaPlus(config))
     model = plus(full_llm=True)
+    monkeypatch.setattr(aquila, "build", lambda config, *_: AquilaPlus(config, model.vision))
     save_model(model, tmp_path / "full")
     back = load_model(tmp_path / "full")
     assert all(torch.equal(p, back.state_dict()[k]) for k, p in model.trained().items())
     assert "llm.embed.weight" in model.trained() and not any(k.startswith("vision") for k in model.trained())
     save_model(plus(), tmp_path / "half")
-    other = AquilaPlus(dataclasses.replace(PLUS, full_llm=True))
+    other = AquilaPlus(dataclasses.replace(PLUS, full_llm=True), model.vision)
     embed = other.llm.embed.weight.clone()
     load_trained(other, tmp_path / "half", only_known=True)
     assert torch.equal(other.llm.embed.weight, embed)
