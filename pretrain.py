@@ -319,16 +319,17 @@ def main():
     parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("weights"),
                         help="folder to write (default weights)")
-    parser.add_argument("--scenes", type=int, default=20000, help="train scenes used (default 20000)")
-    parser.add_argument("--vision-steps", type=int, default=2000,
-                        help="steps of 64 images and their texts (default 2000)")
+    parser.add_argument("--vision-scenes", type=int, default=30000, help="train scenes drawn (default 30000)")
+    parser.add_argument("--vision-steps", type=int, default=4500,
+                        help="steps of 64 images and their texts (default 4500)")
+    parser.add_argument("--llm-scenes", type=int, default=20000, help="train scenes told in words (default 20000)")
     parser.add_argument("--llm-steps", type=int, default=4000, help="steps of 16 conversations (default 4000)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     args = parser.parse_args()
     if args.part != "llm":
-        pretrain_vision(args.out, args.scenes, args.vision_steps, 64, args.seed)
+        pretrain_vision(args.out, args.vision_scenes, args.vision_steps, 64, args.seed)
     if args.part != "vision":
-        pretrain_llm(args.out, args.scenes, args.llm_steps, 16, args.seed)
+        pretrain_llm(args.out, args.llm_scenes, args.llm_steps, 16, args.seed)
 
 
 if __name__ == "__main__":
