@@ -83,13 +83,14 @@ class AquilaConfig:
 
 PRESETS = {
     "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
-    # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI; no MDA.
+    # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI, and MDA if
+    # wanted: it is off at full size, where nothing asks for it, and on in tiny-plus, which answers better with it.
     "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(),
                                    chat="vicuna", region_dim=1024),
     "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
                          max_len=1024, vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
-    "tiny-plus": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(), chat="vicuna",
-                              max_len=1024, region_dim=128, region_side=32,
+    "tiny-plus": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
+                              chat="vicuna", max_len=1024, region_dim=128, region_side=32,
                               vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
 }
 

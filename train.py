@@ -68,8 +68,8 @@ RECIPES = {
                        3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-                  2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=6400),
-                  3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=4200,
+                  2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5120),
+                  3: Recipe(lr=2e-3, decay=0.0, warmup=0.03, micro=16, scenes=3700,
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
