@@ -98,7 +98,7 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 
 def built_in_records(family, stage, n, size):
     """
-    n train scenes, other ones in each stage, as records: of every scene one of each kind above, wordings taking turns.
+    n train scenes, from number (stage - 1) * n on, as records: of each one of every kind above, wordings taking turns.
     """
     found = []
     for task in BUILT_IN[family][stage]:
