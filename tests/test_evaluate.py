@@ -326,6 +326,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, message):
     assert code == 2 and message in err and err.count("\n") == 1 and not out
 
 
+def test_compiling_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = command("--model", "x", "--scenes", 1, "--compile")
+    assert code == 2 and "needs a C++ compiler" in err and err.count("\n") == 1 and not out
+
+
 def test_all_with_nothing_there_is_one_line(tmp_path):
     code, _, err = command("--benchmark", "all", "--root", tmp_path, "--sanity")
     assert code == 2 and "nothing to ask; expected sub-folders named rsicd" in err and err.count("\n") == 1

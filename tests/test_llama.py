@@ -260,7 +260,7 @@ def test_compiled_decoding_gives_the_same_tokens():
     model.compile_decoding(backend)
     assert [answers(model, PROMPTS), answers(model, PROMPTS[1:2], 20)[0]] == plain
     assert answers(model, PROMPTS[1:2], 31)[0][:20] == plain[1]
-    assert 2 <= len(seen) <= 3  # one graph for a batch, one for a lone vector (and one for other lengths): whole, shared
+    assert 2 <= len(seen) <= 3  # one graph for a batch, one for a lone vector, perhaps one for other lengths; shared
 
 
 def test_a_stop_token_ends_its_row_and_no_other():
