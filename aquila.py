@@ -2,13 +2,13 @@
 Aquila: image -> ConvNeXt pyramid -> SFI -> image tokens -> Llama, with SFI again between its layers (MDA) -> text.
 (arXiv 2411.06074, Sec. 3, Figure 1)
 
-    python aquila.py --preset aquila-8b        # what flows where: shapes, parameters, what each stage trains
+    python aquila.py --preset aquila-8b                     # what flows where: shapes, parameters, stages
+    python aquila.py --model runs/tiny/stage2 --export DIR  # its LM for other programs (PEFT, transformers)
 
 Read next: sfi.py (the method), convnext.py, llama.py, train.py. Guesses where the paper is silent: grep ASSUMPTION.
 Shapes, the same in every file: B batch, T sequence, D LM width, C SFI width, L side of the query grid, N image tokens
 of an image, k window side at a scale, (c, H, W) a feature map, nh/nkv/hd heads.
 """
-import argparse
 import dataclasses
 import json
 import os
@@ -18,18 +18,23 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
-from data import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
-from llama import (LLAMAS, LORA_TARGETS, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_lora, fill, generate,
-                   load_llama, open_safetensors, read_json)
+from convnext import CONVNEXTS, STRIDES, ConvNeXt, ConvNeXtConfig, load_convnext
+from fast_decoding import decoder
+from files.text import read_json, write_json
+from files.weights import fill, open_safetensors, open_tensors, write_tensors
+from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, generate, load_llama
+from lora import LORA_TARGETS, apply_lora
 from mask_extractor import MaskExtractor
-from sfi import SFI, Concat, ConcatTokens, ImageTokens, Pyramid
+from sfi import SFI, ConcatMap, ConcatTokens, ImageTokens, Pyramid
+from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
-HERE = pathlib.Path(__file__).parent
+# The two parts that come from elsewhere: class, config and loader. Others go in here (README, "Other parts").
+VisionEncoder, VisionConfig, load_vision = ConvNeXt, ConvNeXtConfig, load_convnext
+LM, LMConfig, load_lm = Llama, LlamaConfig, load_llama
 
+# ---------------------------------------------------------------------------------------------- configs
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -41,9 +46,9 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class AquilaConfig:
-    vision: ConvNeXtConfig
-    llm: LlamaConfig
-    image_size: int = 1024                  # side in pixels, a multiple of 32
+    vision: VisionConfig
+    llm: LMConfig
+    image_size: int = 1024                  # side in pixels, a multiple of the coarsest stride
     fit: str = "resize"                     # how an image becomes square: "resize" (the paper) or "letterbox"
     dim: int = 1024                         # C
     heads: int = 1                          # of every SFI
@@ -60,8 +65,8 @@ class AquilaConfig:
     llm_dir: str | None = None
 
     def __post_init__(self):
-        if self.image_size % 32 or self.image_size < 32:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of 32")
+        if self.image_size % STRIDES[-1] or self.image_size < STRIDES[-1]:
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of {STRIDES[-1]}")
         if self.integration not in ("sfi", "concat"):
             raise ValueError(f"integration {self.integration!r}: expected sfi or concat")
         wrong = [i for i in self.mda_layers if not 0 <= i < self.llm.n_layers]
@@ -74,10 +79,10 @@ class AquilaConfig:
 
     @property
     def side(self):                         # L
-        return self.image_size // 32
+        return self.image_size // STRIDES[-1]
 
     @property
-    def image_tokens(self):                 # N
+    def tokens_per_image(self):             # N
         return self.side ** 2
 
 
@@ -89,12 +94,11 @@ PRESETS = {
                                    chat="vicuna", region_dim=1024),
     "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
                          max_len=1024, vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
-    "tiny-plus": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
-                              chat="vicuna", max_len=1024, region_dim=128, region_side=32,
-                              vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
 }
+PRESETS["tiny-plus"] = dataclasses.replace(PRESETS["tiny"], chat="vicuna", region_dim=128, region_side=32)
 
-# Which parts a stage trains; all else is frozen, the vision encoder always. Aquila: Sec. 3.5. Aquila-plus: its summary
+# Which parts a stage trains; all else is frozen, the vision encoder always. "pyramid" has the projectors, "tokens" the
+# learned queries and the first SFI, "mda" the SFIs between the LM's layers. Aquila: Sec. 3.5. Aquila-plus: its summary
 # says three stages and lists the first and the last; the one between is Osprey's. In stage 3 the LM learns by LoRA, or
 # with its own weights (full_llm).
 TRAINS = {
@@ -105,6 +109,8 @@ TRAINS = {
                     3: ("pyramid", "tokens", "mda", "extractor", "lora", "llm")},  # end to end
 }
 
+
+# ---------------------------------------------------------------------------------------------- the model
 
 class MDALayer(nn.Module):
     """One SFI of the Multi-layer Deep Alignment (Sec. 3.4): hidden states at image positions ask the pyramid again."""
@@ -128,14 +134,15 @@ class Aquila(nn.Module):
     def __init__(self, config, vision=None, llm=None):
         super().__init__()
         self.config = config
-        self.vision = vision or ConvNeXt(config.vision)
-        self.llm = llm or Llama(config.llm)
+        self.vision = vision or VisionEncoder(config.vision)
+        self.llm = llm or LM(config.llm)
         dims, C, D = config.vision.dims, config.dim, config.llm.dim
         if config.integration == "sfi":
             self.pyramid = Pyramid(dims, C)
             self.tokens = ImageTokens(config.side, C, len(dims), D, config.heads)
         else:
-            self.pyramid, self.tokens = Concat(dims, C), ConcatTokens(C, D)
+            self.pyramid = ConcatMap(dims, C)
+            self.tokens = ConcatTokens(C, D)
         self.mda = nn.ModuleDict({str(i): MDALayer(config) for i in config.mda_layers})
         self.vision.requires_grad_(False)
         self.llm.requires_grad_(False)
@@ -148,10 +155,7 @@ class Aquila(nn.Module):
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
     def checksums(self):
-        """
-        {frozen part: checksum of the first 64 values of each of its tensors, as bfloat16}: the same for every layout
-        they are published in and every dtype they are loaded in, and quick for billions of them.
-        """
+        """{frozen part: checksum of 64 values of each tensor, as bfloat16}: the same for every layout and dtype."""
         trained, sums = self.trained(), {}
         for name, p in self.named_parameters():
             if name not in trained:
@@ -159,40 +163,41 @@ class Aquila(nn.Module):
                 sums[part_of(name)] = (sums.get(part_of(name), 0) + zlib.crc32(some)) % 2 ** 32
         return sums
 
-    def see(self, images):
+    def encode_images(self, images):
         """images (n, 3, H, W) -> the four feature maps. The vision encoder is frozen in every stage."""
         with torch.no_grad():
             return self.vision(images.to(next(self.vision.parameters()).dtype))
 
-    def look(self, maps):
-        """feature maps -> pyramid of windows, list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
+    def image_tokens(self, maps):
+        """feature maps -> pyramid of windows, a list of (n, N, k_s*k_s, C), and image tokens (n, N, D)."""
         pyramid, grid = self.pyramid(maps)
         return pyramid, self.tokens(pyramid, grid)
 
-    def prepare(self, batch):
-        """-> the prompt's embeddings (B, T, D), and MDA's hook for the LM (None without images)."""
+    def embed_prompt(self, batch):
+        """-> the prompt's embeddings (B, T, D), and MDA as the LM's before_layer (None without images)."""
         ids, images = batch["ids"], batch["images"]
-        x, slots = self.llm.embed(ids.clamp(min=0)), ids == IMAGE_SLOT
+        x = self.llm.embed(ids.clamp(min=0))
+        slots = ids == IMAGE_SLOT                                                  # (B, T)
         if images is None:
             if slots.any():
                 raise ValueError(f"{int(slots.sum())} image slots in the prompts, but no image")
             return x, None
-        maps = self.see(images)
-        pyramid, tokens = self.look(maps)
-        n, N, D = tokens.shape
+        maps = self.encode_images(images)
+        pyramid, image_tokens = self.image_tokens(maps)
+        n, N, D = image_tokens.shape
         if slots.sum() != n * N:
             raise ValueError(f"{int(slots.sum())} image slots in the prompts, {n} images of {N} tokens: cut prompt?")
-        x = x.masked_scatter(slots[..., None], tokens.to(x.dtype))                 # fill the slots, in order
+        x = x.masked_scatter(slots[..., None], image_tokens.to(x.dtype))           # fill the slots, in order
         x = self.fill_regions(x, batch, maps)
 
-        def between(i, x):
+        def mda(i, x):
             if str(i) not in self.mda:
                 return x
             hidden = x[slots].view(n, N, D)
             hidden = hidden + self.mda[str(i)](hidden, pyramid).to(x.dtype)
             return x.masked_scatter(slots[..., None], hidden)                      # text positions stay as they are
 
-        return x, between if self.mda else None
+        return x, mda if self.mda else None
 
     def fill_regions(self, x, batch, maps):
         """Aquila has no region slots; AquilaPlus fills them."""
@@ -203,13 +208,14 @@ class Aquila(nn.Module):
         in:  batch of data.collate: ids (B, T), images (n, 3, H, W) or None, labels (B, T) or none.
         out: (loss summed over the learned tokens, their logits (n, vocab), n); without labels (None, (B, T, vocab), 0).
         """
-        x, between = self.prepare(batch)
+        x, mda = self.embed_prompt(batch)
         if batch.get("labels") is None:
-            return None, self.llm(x, between=between), 0
-        target = batch["labels"][:, 1:]                                            # the one place where labels shift
-        at = F.pad(target != IGNORE, (0, 1))                                       # the last position predicts nothing
-        logits = self.llm(x, between=between, at=at)
-        loss = F.cross_entropy(logits.float(), target[target != IGNORE], reduction="sum")
+            return None, self.llm(x, before_layer=mda), 0
+        target = batch["labels"][:, 1:]                                            # position t predicts token t + 1
+        learned = target != IGNORE
+        at = F.pad(learned, (0, 1))                                                # the last position predicts nothing
+        logits = self.llm(x, before_layer=mda, at=at)
+        loss = F.cross_entropy(logits.float(), target[learned], reduction="sum")
         if self.training and (batch["images"] is None or batch.get("masks") is None):
             # DDP waits for a gradient of every trainable parameter; without image or region some would have none.
             loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
@@ -218,14 +224,16 @@ class Aquila(nn.Module):
     def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
         with torch.inference_mode():
-            x, between = self.prepare(batch)
-            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, between,
-                                generator)
+            x, mda = self.embed_prompt(batch)
+            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, mda,
+                                generator, decoder(self.llm, x))
 
     def answer(self, batch, tokenizer, **options):
         """Prompts -> a list of answers. Options as for generate."""
         steps = [ids.tolist() for ids in self.generate(batch, tokenizer.stop_ids, **options)]
-        return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in zip(*steps)] or [""] * len(batch["ids"])
+        if not steps:
+            return [""] * len(batch["ids"])
+        return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in zip(*steps)]
 
 
 class AquilaPlus(Aquila):
@@ -237,7 +245,7 @@ class AquilaPlus(Aquila):
                                        config.pooling)
 
     def fill_regions(self, x, batch, maps):
-        """x (B, T, D): tokens[image, mask] of every mention go to its slots, in order."""
+        """x (B, T, D): the two tokens of every region that is mentioned go to its slots, in order."""
         ids, masks = batch["ids"], batch.get("masks")
         named = 0 if masks is None else len(batch["regions"])
         for slot in (MASK_SLOT, POSITION_SLOT):
@@ -246,9 +254,9 @@ class AquilaPlus(Aquila):
                 raise ValueError(f"{slots} region slots in the prompts, {named} regions: cut prompt?")
         if not named:
             return x
-        at = batch["regions"].unbind(1)
-        for slot, tokens in zip((MASK_SLOT, POSITION_SLOT), self.extractor(maps, masks)):
-            x = x.masked_scatter((ids == slot)[..., None], tokens[at].to(x.dtype))
+        mentioned = batch["regions"].unbind(1)                                     # image, mask
+        for slot, region_tokens in zip((MASK_SLOT, POSITION_SLOT), self.extractor(maps, masks)):
+            x = x.masked_scatter((ids == slot)[..., None], region_tokens[mentioned].to(x.dtype))
         return x
 
 
@@ -262,9 +270,22 @@ def part_of(name):
     return "lora" if ".lora_" in name else name.split(".")[0]
 
 
+def trained_parts(config, stage):
+    """The names in TRAINS; of stage 3's "lora" and "llm" the LM has one."""
+    return set(TRAINS[config.family][stage]) - (set() if config.full_llm else {"llm"})
+
+
+def count_parameters(named):
+    """(name, parameter) pairs -> {part: number of its parameters}."""
+    counts = {}
+    for name, p in named:
+        counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
+    return counts
+
+
 def set_stage(model, stage):
     """Freeze everything but what the stage trains; return those parameters by name."""
-    parts = set(TRAINS[model.config.family][stage]) - (set() if model.config.full_llm else {"llm"})
+    parts = trained_parts(model.config, stage)
     for name, p in model.named_parameters():
         p.requires_grad_(part_of(name) in parts)
     model.vision.eval()
@@ -278,17 +299,17 @@ def config_to_dict(config):
 
 
 def config_from_dict(d):
-    listed = lambda kind, value: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-    llm = {**d["llm"], "rope_scaling": d["llm"]["rope_scaling"] and RopeScaling(**d["llm"]["rope_scaling"])}
-    return listed(AquilaConfig, {**d, "vision": listed(ConvNeXtConfig, d["vision"]), "llm": LlamaConfig(**llm),
-                                 "lora": d["lora"] and listed(LoRAConfig, d["lora"])})
+    d = {**d, "vision": VisionConfig(**d["vision"]), "llm": LMConfig(**d["llm"]), "mda_layers": tuple(d["mda_layers"])}
+    if d["lora"]:
+        d["lora"] = LoRAConfig(**{**d["lora"], "targets": tuple(d["lora"]["targets"])})
+    return AquilaConfig(**d)
 
 
-def find(path, what):
+def locate_weights(path, what):
     """A path as given, or as it lies beside this file."""
     if path is None:
         raise ValueError(f"where is the {what}? give --{'vision FILE' if what == 'vision encoder' else 'llm DIR'}")
-    return path if os.path.exists(path) else HERE / path
+    return path if os.path.exists(path) else pathlib.Path(__file__).parent / path
 
 
 def build(config, dtype=torch.float32, device="cpu"):
@@ -296,9 +317,9 @@ def build(config, dtype=torch.float32, device="cpu"):
     Aquila with its published parts loaded from config.vision_file and config.llm_dir; the sizes are those of the files.
     Frozen parts are kept in dtype, the others in float32 (bfloat16 swallows small updates).
     """
-    vision = load_convnext(find(config.vision_file, "vision encoder"), dtype=dtype, device=device)
+    vision = load_vision(locate_weights(config.vision_file, "vision encoder"), dtype=dtype, device=device)
     llm_dtype = torch.float32 if config.full_llm else dtype
-    llm = load_llama(find(config.llm_dir, "language model"), dtype=llm_dtype, device=device)
+    llm = load_lm(locate_weights(config.llm_dir, "language model"), dtype=llm_dtype, device=device)
     config = dataclasses.replace(config, vision=vision.config, llm=llm.config)
     return assemble(config, vision, llm).to(device)
 
@@ -307,12 +328,8 @@ def save_model(model, folder):
     """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    tensors = {k: p.detach().cpu().contiguous() for k, p in model.trained().items()}
-    save_file(tensors, f"{weights}.tmp", metadata={"frozen": json.dumps(model.checksums())})
-    os.replace(f"{weights}.tmp", weights)
-    pathlib.Path(f"{config}.tmp").write_text(json.dumps(config_to_dict(model.config), indent=1))
-    os.replace(f"{config}.tmp", config)
+    write_tensors(folder / "model.safetensors", model.trained(), {"frozen": json.dumps(model.checksums())})
+    write_json(folder / "config.json", config_to_dict(model.config))
 
 
 def load_trained(model, folder, only_known=False):
@@ -320,17 +337,17 @@ def load_trained(model, folder, only_known=False):
     Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
     (LoRA or the LM, when the stage before did not train it) keeps its start. The frozen parts must be the same.
     """
-    file = pathlib.Path(folder, "model.safetensors")
-    with open_safetensors(file) as f:
-        frozen = json.loads((f.metadata() or {}).get("frozen", "{}"))
-        for part, checksum in model.checksums().items():
-            if frozen.get(part, checksum) != checksum:
-                now = model.config.vision_file if part == "vision" else model.config.llm_dir
-                raise ValueError(f"{file}: was trained on other weights than those of {now}; give with --{part} the "
-                                 "ones it was trained on, or train again")
-        new = ("lora", "llm") if only_known else ()
-        wanted = {k: p for k, p in model.trained().items() if k in f.keys() or part_of(k) not in new}
-        fill(wanted, ((k, lambda k=k: f.get_tensor(k)) for k in f.keys()), str(file))
+    path = pathlib.Path(folder, "model.safetensors")
+    file = open_safetensors(path)
+    frozen = json.loads((file.metadata() or {}).get("frozen", "{}"))
+    for part, checksum in model.checksums().items():
+        if frozen.get(part, checksum) != checksum:
+            now = model.config.vision_file if part == "vision" else model.config.llm_dir
+            raise ValueError(f"{path}: was trained on other weights than those of {now}; give with --{part} the "
+                             "ones it was trained on, or train again")
+    stored, new = open_tensors(path), ("lora", "llm") if only_known else ()
+    wanted = {name: p for name, p in model.trained().items() if name in stored or part_of(name) not in new}
+    fill(wanted, stored.items(), path)
 
 
 def load_config(folder):
@@ -346,35 +363,6 @@ def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu")
     return model.to(dtype).eval()
 
 
-# ---------------------------------------------------------------------------------------------- describe
-
-def describe(config):
-    """Shapes, by running the model without memory, and parameters, as text."""
-    with torch.device("meta"):
-        model = assemble(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
-        images = torch.empty(1, 3, config.image_size, config.image_size)
-        maps = model.see(images)
-        pyramid, tokens = model.look(maps)
-    lines = [f"image                {tuple(images.shape)}"]
-    lines += [f"map {s}, stride {4 * 2 ** s:<2}     {tuple(m.shape)}" for s, m in enumerate(maps)]
-    lines += [f"windows of scale {s}   {tuple(p.shape)}" for s, p in enumerate(pyramid)]
-    lines += [f"image tokens         {tuple(tokens.shape)}",
-              f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
-    counts = {}
-    for name, p in model.named_parameters():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
-    lines += [f"region tokens        2 of {config.llm.dim} a <region>"] * bool(config.region_dim)
-    stages = {s: set(parts) - (set() if config.full_llm else {"llm"}) for s, parts in TRAINS[config.family].items()}
-    lines += [f"{part:9} {n:14,} parameters" + "".join(f", stage {s} trains it" for s in stages if part in stages[s])
-              for part, n in counts.items()]
-    return "\n".join(lines)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Print what flows where in a preset: shapes, parameters, stages.")
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default tiny")
-    print(describe(PRESETS[parser.parse_args().preset]))
-
-
 if __name__ == "__main__":
+    from commands.model import main
     main()

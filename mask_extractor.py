@@ -63,6 +63,7 @@ class MaskExtractor(nn.Module):
         dtype = self.out.weight.dtype
         pooled = [mask_pool(x.to(dtype), masks, self.pooling) for x in maps]
         inside = self.out(sum(linear(p) for linear, p in zip(self.scales, pooled)))
-        where = mask_weights(masks, (self.side, self.side), self.pooling).flatten(2) if masks.shape[1] else \
-            masks.new_zeros(len(masks), 0, self.side ** 2)
+        where = masks.new_zeros(len(masks), 0, self.side ** 2)
+        if masks.shape[1]:
+            where = mask_weights(masks, (self.side, self.side), self.pooling).flatten(2)
         return inside, self.spatial(where.to(dtype))

@@ -24,18 +24,20 @@ import pathlib
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader
 
-import scenes
-from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, find, load_config, load_trained, part_of,
-                    save_model, set_stage)
-from data import Records, collate, image_names, image_path, read_records
-from llama import load_tokenizer
+from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, count_parameters, load_config, load_trained,
+                    locate_weights, save_model, set_stage)
+from data import Records, collate, image_names, read_records, to_device
+from files.text import path_inside, written_whole
+from pictures.curve import draw_curve
+from tokenizer import IGNORE, load_tokenizer
+from toy.scenes import make_records
 
 
 # ---------------------------------------------------------------------------------------------- recipes
@@ -48,7 +50,7 @@ class Recipe:
     batch: int = 32                         # global: samples of one optimizer step
     micro: int = 8                          # samples a process takes at once
     epochs: float = 1.0
-    scenes: int = 0                         # built-in train scenes when no --data is given
+    scenes: int = 0                         # built-in train scenes when no --data is given; 0: 1,000
     lora: LoRAConfig | None = None
 
 
@@ -73,10 +75,11 @@ RECIPES = {
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
+CLIP = 1.0                                  # ASSUMPTION: the gradient's norm is clipped at 1; the papers do not say
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the first warmup * steps, then cosine to zero."""
+    """Linear warm-up over the first warmup * steps, then cosine. ASSUMPTION: down to zero."""
     rise = warmup * steps
     if step < rise:
         return peak * min(1.0, (step + 1) / rise)
@@ -90,81 +93,15 @@ def optimizer_for(params, decay):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
-            "aquila-plus": {1: ("chat", "caption"), 2: ("region chat",), 3: ("region chat", "region", "chat")}}
-
-
-def built_in_records(family, stage, n, size):
-    """
-    n train scenes, from number (stage - 1) * n on, as records: of each one of every kind above, wordings taking turns.
-    """
-    found = []
-    for task in BUILT_IN[family][stage]:
-        by_scene = {}
-        for record in scenes.records("train", n, task, size=size, start=(stage - 1) * n):
-            by_scene.setdefault(record["image"], []).append(record)
-        found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
-    return found
-
-
-class Batches:
-    """
-    The sample numbers of each micro-batch of this process, from step `start` to `steps`. Every epoch is a permutation
-    drawn from (seed, epoch); the last batch is filled up from the next one, so that nothing is dropped. Inside a step
-    samples stand by length, for those of one micro-batch are padded to the longest; its gradient stays the same sum.
-    """
-
-    def __init__(self, lengths, batch, micro, steps, start, seed, rank, world):
-        self.lengths, self.batch, self.micro, self.steps, self.start = lengths, batch, micro, steps, start
-        self.seed, self.rank, self.world = seed, rank, world
-
-    def __len__(self):
-        return (self.steps - self.start) * self.batch // (self.micro * self.world)
-
-    def __iter__(self):
-        n, epoch, order = len(self.lengths), -1, None
-        for step in range(self.start, self.steps):
-            picked = []
-            for i in range(step * self.batch, (step + 1) * self.batch):
-                if i // n != epoch:
-                    epoch = i // n
-                    generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
-                    order = torch.randperm(n, generator=generator).tolist()
-                picked.append(order[i % n])
-            picked.sort(key=lambda i: self.lengths[i])
-            for i in range(0, self.batch, self.micro * self.world):
-                # Dealt to and fro, so that no process always gets the longest.
-                place = self.rank if i // (self.micro * self.world) % 2 == 0 else self.world - 1 - self.rank
-                first = i + place * self.micro
-                yield picked[first:first + self.micro]
-
-
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def take(loader, n, device):
-    """The next n micro-batches; a sample that could not be read ends the run with its one line."""
-    batches = []
-    for _ in range(n):
-        batch = next(loader)
-        if isinstance(batch, ValueError):
-            raise batch
-        batches.append(to_device(batch, device))
-    return batches
-
-
 # ---------------------------------------------------------------------------------------------- one step
 
-def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=1.0):
+def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=CLIP):
     """
     One optimizer step over all micro-batches of all processes. -> (loss a learned token, gradient norm, tokens read)
     The learned tokens are counted before the first backward, over all processes.
     """
     device = params[0].device
-    counts = torch.tensor([sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches),
+    counts = torch.tensor([sum(int((b["labels"] != IGNORE).sum()) for b in batches),
                            sum(int(b["lengths"].sum()) for b in batches)], dtype=torch.float64, device=device)
     if world > 1:
         dist.all_reduce(counts)
@@ -192,81 +129,288 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=1.
     return total.item() / max(learned, 1), norm, int(tokens)
 
 
+# ---------------------------------------------------------------------------------------------- the loop
+
+def train(run, args, rank, world, device):
+    """run: what set_up returns."""
+    model, recipe = run.model, run.recipe
+    ddp = model
+    if world > 1:
+        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    model.train()
+    model.vision.eval()
+    autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
+    params = list(run.trainable.values())
+    log = Log(run.out, run.first, run.steps) if rank == 0 else None
+    for step in range(run.first, min(run.steps, args.stop_after or run.steps)):
+        # Dropout draws from (seed, step, process), so a resumed run needs no saved random state.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
+        lr = learning_rate(step, run.steps, recipe.lr, recipe.warmup)
+        batches = together(lambda: next_batches(run.loader, recipe.batch // (recipe.micro * world), device), world)
+        loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
+        if rank == 0:
+            log.step(step + 1, loss, norm, lr, tokens)
+            if (step + 1) % args.save_every == 0 or step + 1 in (run.steps, args.stop_after):
+                save_state(run, step + 1)
+    if rank == 0 and log.rows and log.rows[-1]["step"] == run.steps:
+        finish(run, log)
+
+
+def set_up(args, rank, world, device):
+    """All that the loop needs, and every mistake that can be found before the first step."""
+    config, recipe, out, start_from = resolve(args)
+    if recipe.batch % (recipe.micro * world):
+        raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); "
+                         "set --micro")
+    records, digest = open_data(args, recipe, config)
+    steps = args.steps or math.ceil(len(records) * recipe.epochs / recipe.batch)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.manual_seed(args.seed)
+    model = build(config, dtype, device)
+    if start_from:
+        load_trained(model, start_from, only_known=True)
+    trainable = set_stage(model, args.stage)
+    model.llm.grad_checkpoint = args.grad_checkpoint
+    optimizer = optimizer_for(list(trainable.values()), recipe.decay)
+    settings = dict(stage=args.stage, config=config_to_dict(model.config), recipe=config_to_dict(recipe), steps=steps,
+                    data=digest, processes=world, seed=args.seed)
+    run = SimpleNamespace(model=model, recipe=recipe, out=out, steps=steps, dtype=dtype, trainable=trainable,
+                          optimizer=optimizer, settings=settings)
+    state = find_state(args, out)
+    if rank == 0:                           # one process makes the folder; the others wait where set_up ends
+        make_folder(out)
+    run.first = load_state(run, state) if state else 0
+    run.loader = load_batches(records, args, run, rank, world, device)
+    if rank == 0:
+        describe_run(run, args, len(records), world)
+    return run
+
+
+def together(work, world):
+    """
+    -> work(), done in every process. A mistake in one of them stops all with the same ValueError: its line is printed
+    once, whichever process met it, and no process prints a traceback because another is gone.
+    """
+    result = mistake = None
+    try:
+        result = work()
+    except (ValueError, FileNotFoundError) as e:
+        mistake = str(e)
+    mistakes = [mistake]
+    if world > 1:
+        mistakes = [None] * world
+        dist.all_gather_object(mistakes, mistake)
+    for mistake in mistakes:
+        if mistake is not None:
+            raise ValueError(mistake)
+    return result
+
+
+def start_processes():
+    """-> (rank, number of processes, device). torchrun sets the environment; a plain python run is one process."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
+            "aquila-plus": {1: ("chat", "caption"), 2: ("region chat",), 3: ("region chat", "region", "chat")}}
+
+
+def open_data(args, recipe, config):
+    """The records of the run, all checked for form and for missing image files, and a fingerprint of them."""
+    if args.data is None:
+        records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
+    else:
+        records = read_records(args.data)
+        for record in records:
+            for name in image_names(record):
+                if not name.startswith("scene:"):
+                    try:
+                        path_inside(name, args.images, "image")
+                    except (ValueError, FileNotFoundError) as e:
+                        raise ValueError(f"{args.data}, record {record['id']}: {e}") from None
+    lines = "\n".join(json.dumps(record, sort_keys=True) for record in records)
+    return records, hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def built_in_records(family, stage, n, size):
+    """
+    n train scenes, from number (stage - 1) * n on, as records: of each one of every kind above, wordings taking turns.
+    """
+    found = []
+    for task in BUILT_IN[family][stage]:
+        by_scene = {}
+        for record in make_records("train", n, task, size=size, start=(stage - 1) * n):
+            by_scene.setdefault(record["image"], []).append(record)
+        found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
+    return found
+
+
+class Batches:
+    """
+    The sample numbers of each micro-batch of this process, from step `start` to `steps`.
+
+    Every epoch is a permutation drawn from (seed, epoch); the last batch is filled up from the next epoch, so that
+    nothing is dropped. Inside a step samples are sorted by length, for those of one micro-batch are padded to the
+    longest; the gradient of the step is the same sum.
+    """
+
+    def __init__(self, lengths, batch, micro, steps, start, seed, rank, world):
+        self.lengths, self.batch, self.micro, self.steps, self.start = lengths, batch, micro, steps, start
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self):
+        return (self.steps - self.start) * self.batch // (self.micro * self.world)
+
+    def __iter__(self):
+        n, epoch, order = len(self.lengths), -1, None
+        for step in range(self.start, self.steps):
+            picked = []
+            for i in range(step * self.batch, (step + 1) * self.batch):
+                if i // n != epoch:
+                    epoch = i // n
+                    generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
+                    order = torch.randperm(n, generator=generator).tolist()
+                picked.append(order[i % n])
+            picked.sort(key=lambda i: self.lengths[i])
+            for turn, begin in enumerate(range(0, self.batch, self.micro * self.world)):
+                # Every second time in reverse order, so that no process always gets the longest.
+                place = self.rank if turn % 2 == 0 else self.world - 1 - self.rank
+                first = begin + place * self.micro
+                yield picked[first:first + self.micro]
+
+
+def load_batches(records, args, run, rank, world, device):
+    """An iterator over the batches of this process, from step run.first on."""
+    lengths = [sum(len(turn["value"]) for turn in record["conversations"]) for record in records]
+    batches = Batches(lengths, run.recipe.batch, run.recipe.micro, run.steps, run.first, args.seed, rank, world)
+    config = run.model.config
+    tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
+    return iter(DataLoader(Records(records, args.images, tokenizer, config), batch_sampler=batches, collate_fn=collate,
+                           num_workers=args.workers, pin_memory=device.type == "cuda"))
+
+
+def next_batches(loader, n, device):
+    """The next n micro-batches; a sample that could not be read ends the run with its one line."""
+    batches = []
+    for _ in range(n):
+        batch = next(loader)
+        if isinstance(batch, ValueError):
+            raise batch
+        batches.append(to_device(batch, device))
+    return batches
+
+
 # ---------------------------------------------------------------------------------------------- files of a run
 
-def save_state(path, step, settings, trainable, optimizer):
-    torch.save({"step": step, "settings": settings, "trained": {k: p.detach().cpu() for k, p in trainable.items()},
-                "optimizer": optimizer.state_dict()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def find_state(args, out):
+    """The state.pt that the run goes on from, or None; a run that is there is not overwritten unasked."""
+    if args.resume in (None, "auto"):
+        state = out / "state.pt"
+        if args.resume is None and state.exists() and not args.overwrite:
+            raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, "
+                             "--out takes another folder")
+        return state if args.resume and state.exists() else None
+    state = pathlib.Path(args.resume, "state.pt")
+    if not state.exists():
+        raise ValueError(f"--resume {args.resume}: no state.pt there; --resume auto starts anew when there is none")
+    return state
 
 
-def load_state(path, settings, trainable, optimizer):
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as e:
+        raise ValueError(f"{out} cannot be written: {e.strerror}; choose another --out") from None
+
+
+def save_state(run, step):
+    with written_whole(run.out / "state.pt") as temporary:
+        torch.save({"step": step, "settings": run.settings, "optimizer": run.optimizer.state_dict(),
+                    "trained": {name: p.detach().cpu() for name, p in run.trainable.items()}}, temporary)
+
+
+def load_state(run, path):
     """Put a run back where it was; refuse when anything that decides its course is another. -> the next step"""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise ValueError(f"{path}: the run to resume had {name} {state['settings'].get(name)}, now it is {value}; "
+    for name, value in run.settings.items():
+        before = state["settings"].get(name)
+        if before != value:
+            raise ValueError(f"{path}: the run to resume had {name} {before}, now it is {value}; "
                              "give the same flags, or start a new run from its weights with --init-from")
     with torch.no_grad():
-        for name, p in trainable.items():
+        for name, p in run.trainable.items():
             p.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(state["optimizer"])
     return state["step"]
+
+
+def finish(run, log):
+    """The files of a run that has come to its end."""
+    save_model(run.model, run.out)
+    draw_curve([row["loss"] for row in log.rows], run.out / "loss.png")
+    if run.model.mda:                       # they started at zero
+        norms = [f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in run.model.mda.items()]
+        print(f"MDA returns, norm of W_O: {', '.join(norms)}")
+    print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 
 class Log:
     """log.jsonl, a line a step, and the line a person watches."""
 
     def __init__(self, folder, start, steps):
-        self.path, self.start, self.steps, self.began = folder / "log.jsonl", start, steps, time.time()
+        self.path, self.start, self.steps = folder / "log.jsonl", start, steps
         old = self.path.read_text().splitlines() if start and self.path.exists() else []
         self.rows = [row for row in map(json.loads, old) if row["step"] <= start]
-        self.file, self.last = None, time.time()
+        self.file = None
+        self.began = self.last = time.time()
 
     def step(self, step, loss, norm, lr, tokens):
-        now = time.time()
+        seconds = time.time() - self.last
+        self.last = time.time()
         row = dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens,
-                   seconds=round(now - self.last, 3))
+                   seconds=round(seconds, 3))
         self.rows.append(row)
-        new = self.rows[-1:]
+        new = [row]
         if self.file is None:               # not before the first step has worked; a resumed run keeps its lines
             self.file, new = self.path.open("w"), self.rows
         self.file.writelines(json.dumps(r) + "\n" for r in new)
         self.file.flush()
-        left = (now - self.began) / (step - self.start) * (self.steps - step)
-        line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / (now - self.last):7,.0f} tok/s | "
+        left = (self.last - self.began) / (step - self.start) * (self.steps - step)
+        line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / seconds:7,.0f} tok/s | "
                 f"lr {lr:.2e} | gnorm {norm:6.2f} | {left:5.0f} s left")
-        self.last = now
         if sys.stdout.isatty():
             print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
         elif step % 20 == 0 or step in (1, self.steps):
             print(line, flush=True)
 
 
-def draw_curve(losses, path, width=800, height=420):
-    """The loss of every step (gray) and its running mean (blue), on a logarithmic axis, as a PNG."""
-    image = Image.new("RGB", (width, height), "white")
-    draw, left, top, right, bottom = ImageDraw.Draw(image), 60, 30, width - 20, height - 40
-    mean, means = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * 0.05
-        means.append(mean)
-    low, high = math.log(max(min(losses), 1e-6)), math.log(max(max(losses), 2e-6))
-    x = lambda i: left + (right - left) * i / max(len(losses) - 1, 1)
-    y = lambda v: bottom - (bottom - top) * (math.log(max(v, 1e-6)) - low) / max(high - low, 1e-9)
-    for value in (math.exp(low + (high - low) * k / 4) for k in range(5)):
-        draw.line([(left, y(value)), (right, y(value))], fill=(225, 225, 225))
-        draw.text((8, y(value) - 6), f"{value:.3f}", fill="black")
-    for line, color, thick in ((losses, (190, 190, 190), 1), (means, (30, 90, 180), 2)):
-        draw.line([(x(i), y(v)) for i, v in enumerate(line)] or [(left, top)], fill=color, width=thick)
-    draw.text((left, 8), f"loss per learned token, {len(losses)} steps, last {means[-1]:.4f} (running mean)",
-              fill="black")
-    draw.text((left, bottom + 8), "1", fill="black")
-    draw.text((right - 30, bottom + 8), str(len(losses)), fill="black")
-    image.save(path)
+def describe_run(run, args, n, world):
+    recipe, trained = run.recipe, count_parameters(run.trainable.items())
+    frozen = sum(p.numel() for p in run.model.parameters()) - sum(trained.values())
+    parts = ", ".join(f"{part} {count:,}" for part, count in trained.items())
+    print(f"{args.preset}, stage {args.stage}: trains {parts}; frozen {frozen:,}")
+    print(f"{n:,} samples, {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
+          f"x {recipe.batch // (recipe.micro * world)} accumulated")
+    lora = ""
+    if recipe.lora:
+        lora = f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout {recipe.lora.dropout:g}"
+    print(f"AdamW lr {recipe.lr:g}, betas {BETAS}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:g}, cosine, "
+          f"seed {args.seed}{lora}", flush=True)
+    if run.first:
+        print(f"resumed after step {run.first} of {run.steps}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------------- command line
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,19 +474,11 @@ def resolve(args):
     if args.stage not in RECIPES[args.preset]:
         stages = ", ".join(map(str, RECIPES[args.preset]))
         raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {stages}")
-    recipe = RECIPES[args.preset][args.stage]
-    changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
-                    scenes="scenes")
-    lora = given(args, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout")
-    if lora and not recipe.lora:
-        raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
-    if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
-        raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset; "
-                         "leave it out, or --lora-...")
-    recipe = dataclasses.replace(recipe, **changes, lora=recipe.lora and dataclasses.replace(recipe.lora, **lora)
-                                 if not args.full_llm else None)
+    recipe = resolve_recipe(args, RECIPES[args.preset][args.stage])
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
-    start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
+    start = args.init_from
+    if start is None and args.stage > 1:
+        start = f"runs/{args.preset}/stage{args.stage - 1}"
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
         raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; "
                          f"run --stage {args.stage - 1} first, or give --init-from")
@@ -359,6 +495,23 @@ def resolve(args):
     return config, recipe, out, start
 
 
+def resolve_recipe(args, recipe):
+    """The preset's recipe with the flags' changes."""
+    lora = given(args, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout")
+    if lora and not recipe.lora:
+        raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
+    if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
+        raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset; "
+                         "leave it out, or --lora-...")
+    changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
+                    scenes="scenes")
+    if args.full_llm:
+        changes["lora"] = None
+    elif lora:
+        changes["lora"] = dataclasses.replace(recipe.lora, **lora)
+    return dataclasses.replace(recipe, **changes)
+
+
 def parse_layers(text):
     try:
         return () if text == "none" else tuple(sorted({int(i) for i in text.split(",")}))
@@ -366,130 +519,14 @@ def parse_layers(text):
         raise ValueError(f"--mda-layers {text!r}: expected 'none' or numbers such as 0,4,8") from None
 
 
-def open_data(args, recipe, config):
-    """The records of the run, all checked for form and for missing image files, and a fingerprint of them."""
-    if args.data is None:
-        records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
-    else:
-        records = read_records(args.data)
-        for record in records:
-            for name in image_names(record):
-                if not name.startswith("scene:"):
-                    try:
-                        image_path(name, args.images)
-                    except (ValueError, FileNotFoundError) as e:
-                        raise ValueError(f"{args.data}, record {record['id']}: {e}") from None
-    digest = hashlib.sha256("\n".join(json.dumps(r, sort_keys=True) for r in records).encode()).hexdigest()[:16]
-    return records, digest
-
-
-def prepare_out(args, out):
-    """Make the run's folder; -> the state to resume from, or None."""
-    source = out if args.resume in (None, "auto") else pathlib.Path(args.resume)
-    state = source / "state.pt"
-    if args.resume not in (None, "auto") and not state.exists():
-        raise ValueError(f"--resume {args.resume}: no state.pt there; --resume auto starts anew when there is none")
-    if args.resume is None and state.exists() and not args.overwrite:
-        raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, "
-                         "--out takes another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as e:
-        raise ValueError(f"{out} cannot be written: {e.strerror}; choose another --out") from None
-    return state if args.resume and state.exists() else None
-
-
-def start_processes():
-    """-> (rank, number of processes, device). torchrun sets the environment; a plain python run is one process."""
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def describe_run(model, trainable, recipe, args, steps, n, world):
-    counts = {}
-    for name, p in trainable.items():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + p.numel()
-    frozen = sum(p.numel() for p in model.parameters()) - sum(counts.values())
-    accumulate = recipe.batch // (recipe.micro * world)
-    print(f"{args.preset}, stage {args.stage}: trains " + ", ".join(f"{k} {v:,}" for k, v in counts.items())
-          + f"; frozen {frozen:,}")
-    print(f"{n:,} samples, {steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
-          f"x {accumulate} accumulated")
-    print(f"AdamW lr {recipe.lr:g}, betas {BETAS}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:g}, cosine, "
-          f"seed {args.seed}" + (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, "
-                                 f"dropout {recipe.lora.dropout:g}" if recipe.lora else ""), flush=True)
-
-
-def run(args, rank, world, device):
-    config, recipe, out, start_from = resolve(args)
-    if recipe.batch % (recipe.micro * world):
-        raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); "
-                         "set --micro")
-    records, digest = open_data(args, recipe, config)
-    steps = args.steps or math.ceil(len(records) * recipe.epochs / recipe.batch)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    torch.manual_seed(args.seed)
-    model = build(config, dtype, device)
-    if start_from:
-        load_trained(model, start_from, only_known=True)
-    trainable = set_stage(model, args.stage)
-    params = list(trainable.values())
-    optimizer = optimizer_for(params, recipe.decay)
-    model.llm.grad_checkpoint = args.grad_checkpoint
-    settings = dict(stage=args.stage, config=config_to_dict(model.config),
-                    recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
-                    steps=steps, data=digest, processes=world, seed=args.seed)
-    state = prepare_out(args, out)
-    first = load_state(state, settings, trainable, optimizer) if state else 0
-
-    lengths = [sum(len(turn["value"]) for turn in record["conversations"]) for record in records]
-    batches = Batches(lengths, recipe.batch, recipe.micro, steps, first, args.seed, rank, world)
-    tokenizer = load_tokenizer(find(model.config.llm_dir, "language model"))
-    loader = iter(DataLoader(Records(records, args.images, tokenizer, model.config), batch_sampler=batches,
-                             collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"))
-    if rank == 0:
-        describe_run(model, trainable, recipe, args, steps, len(records), world)
-        if state:
-            print(f"resumed after step {first} of {steps}", flush=True)
-    log = Log(out, first, steps) if rank == 0 else None
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) \
-        if world > 1 else model
-    model.train()
-    model.vision.eval()
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    for step in range(first, min(steps, args.stop_after or steps)):
-        # Dropout draws from (seed, step, process), so a resumed run needs no saved random state.
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
-        lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
-        micro = take(loader, recipe.batch // (recipe.micro * world), device)
-        loss, norm, tokens = train_step(ddp, optimizer, micro, params, lr, autocast, world)
-        if rank == 0:
-            log.step(step + 1, loss, norm, lr, tokens)
-            if (step + 1) % args.save_every == 0 or step + 1 in (steps, args.stop_after):
-                save_state(out / "state.pt", step + 1, settings, trainable, optimizer)
-    if rank == 0 and log.rows and log.rows[-1]["step"] == steps:
-        save_model(model, out)
-        draw_curve([row["loss"] for row in log.rows], out / "loss.png")
-        if model.mda:                       # they started at zero
-            print("MDA returns, norm of W_O: "
-                  + ", ".join(f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in model.mda.items()))
-        print(f"wrote {out}/model.safetensors, config.json, log.jsonl, loss.png")
-
-
 def main():
     parser, args = parse_args()
     rank, world, device = start_processes()
     try:
-        run(args, rank, world, device)
-    except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"train.py: {e}\n" if rank == 0 or "record" in str(e) else "")
+        run = together(lambda: set_up(args, rank, world, device), world)
+        train(run, args, rank, world, device)
+    except (ValueError, FileNotFoundError) as e:               # the same in every process: the first one says it
+        parser.exit(2, f"train.py: {e}\n" if rank == 0 else "")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

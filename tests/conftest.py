@@ -1,18 +1,28 @@
-"""What the tests share: the repository on the import path, two threads, and a small random Aquila."""
+"""
+What the tests share: two threads, a small random Aquila with rows for it, and the claims.
+
+A claim is an equality with a formulation that is published or independent. `claim` and `claim_same` check one; what
+this run measured stands as a table at its end.
+"""
+import contextlib
 import dataclasses
+import io
 import pathlib
-import sys
 
 import pytest
 import torch
 
+from aquila import PRESETS, Aquila, LoRAConfig
+from convnext import ConvNeXtConfig
+from llama import LlamaConfig
+from tokenizer import IGNORE, IMAGE_SLOT
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+GOLDEN = ROOT / "tests/golden"              # made from the published implementations by checks/make_golden.py
 torch.set_num_threads(2)
 
-from aquila import PRESETS, Aquila, LoRAConfig  # noqa: E402
-from convnext import ConvNeXtConfig  # noqa: E402
-from llama import LlamaConfig  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------- a small model
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], vision=ConvNeXtConfig((1, 1, 1, 1), (8, 12, 16, 24)), image_size=64, dim=16,
@@ -42,3 +52,69 @@ def small():
 @pytest.fixture
 def lora():
     return LoRAConfig(rank=4, alpha=8, dropout=0.0)
+
+
+def prompt(text, images=0, seed=0, answer=""):
+    """A row as data.Records makes it: image slots first, then the bytes of text; the answer is learned."""
+    ids = [256] + [IMAGE_SLOT] * (SMALL.tokens_per_image * images) + list(text.encode()) + list(answer.encode())
+    labels = [IGNORE] * (len(ids) - len(answer)) + list(answer.encode())
+    pixels = torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return {"id": text, "ids": ids, "labels": labels, "images": pixels}
+
+
+ROWS = [prompt("a scene", 1, 1, "two ships"), prompt("just text, no image at all", 0, 2, "yes"),
+        prompt("?", 2, 3, "x"), prompt("another scene with a longer question", 1, 4, "on grass")]
+
+
+# ---------------------------------------------------------------------------------------------- how tests look
+
+def difference(ours, theirs):
+    """The largest difference of two tensors, in parts of the largest value of theirs."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def one_line(error):
+    """Whether the message of what pytest.raises caught is one line."""
+    return "\n" not in str(error.value)
+
+
+def command_line(main, *args):
+    """A command in this process, for starting one takes seconds. -> (exit code, stdout, stderr)"""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"{main.__module__}.py", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- claims
+
+LARGEST = {}                                # what is claimed: the largest difference that this run measured
+EQUAL = {}                                  # what is claimed: how many items were equal
+
+
+def claim(text, measured, limit):
+    """Assert measured <= limit; the table tells the largest measured."""
+    measured = float(measured)
+    LARGEST[text] = max(LARGEST.get(text, 0.0), measured)
+    assert measured <= limit, f"{text}: the difference is {measured:.1e}, at most {limit:g} was expected"
+
+
+def claim_same(text, ours, theirs):
+    """Assert that two lists are equal; the table tells how many items were compared."""
+    assert ours == theirs, text
+    EQUAL[text] = EQUAL.get(text, 0) + len(ours)
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = [(text, f"largest difference {value:.0e}" if value else "no difference") for text, value in LARGEST.items()]
+    rows += [(text, f"all {n:,} equal") for text, n in EQUAL.items()]
+    if rows:
+        terminalreporter.section("claims, as measured in this run")
+        width = max(len(text) for text, _ in rows)
+        for text, found in rows:
+            terminalreporter.line(f"{text:{width}}   {found}")

@@ -1,27 +1,19 @@
-"""ConvNeXt against timm and open_clip themselves: every map and every gradient on the same random weights.
-
-    python -m pytest tests/peers/test_convnext_peers.py     (in the environment of tests/requirements-peers.txt)
 """
+Proves ConvNeXt against timm and open_clip themselves: every map and every gradient on the same random weights.
 
-import sys
-from pathlib import Path
-
+    python -m pytest tests/peers/test_convnext_peers.py        # in the environment of tests/requirements-peers.txt
+"""
+import open_clip
 import pytest
+import timm
 import torch
+from conftest import claim, difference
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext  # noqa: E402
+from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
 
-import open_clip
-import timm
-
-SMALL = dict(depths=(2, 1, 3, 1), dims=(8, 24, 24, 40))  # two stages of one width still halve the side
-EPS = {"convnext_large": 1e-6, "convnext_xxlarge": 1e-5}  # timm's own; the last test asks it
-
-
-def difference(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+SMALL = dict(depths=(2, 1, 3, 1), dims=(8, 24, 24, 40))        # two stages of one width still halve the side
+EPS = {"convnext_large": 1e-6, "convnext_xxlarge": 1e-5}       # timm's own; the last test asks it
 
 
 @torch.no_grad()
@@ -62,16 +54,16 @@ def test_maps_and_gradients_equal_timm(tmp_path, name, height, width):
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(width))
     theirs, mine = maps_of(peer, images), ours(images)
     for s in range(4):
-        assert difference(mine[s], theirs[s]) <= 1e-5, s
+        claim("ConvNeXt = timm's, all four maps", difference(mine[s], theirs[s]), 1e-5)
     for maps in (theirs, mine):
         sum(x.square().mean() / x.detach().square().mean() for x in maps).backward()
     gradients = {key: p.grad for key, p in peer.named_parameters()}
     for key, p in ours.named_parameters():
-        assert difference(p.grad, gradients[key]) <= 1e-4, key  # sums over a whole map, of both signs
+        claim("ConvNeXt = timm's, gradients", difference(p.grad, gradients[key]), 1e-4)          # sums of both signs
 
 
 @pytest.mark.parametrize("name", EPS)
-@pytest.mark.parametrize("head", ["mlp", "linear"])  # convnext_large_d has the one, convnext_xxlarge the other
+@pytest.mark.parametrize("head", ["mlp", "linear"])            # of convnext_large_d and of convnext_xxlarge
 def test_an_open_clip_model_loads(tmp_path, name, head):
     vision = dict(timm_model_name=f"small_{name}", timm_pool="avg", timm_proj=head, image_size=64)
     text = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
@@ -82,7 +74,7 @@ def test_an_open_clip_model_loads(tmp_path, name, head):
     with torch.no_grad():
         theirs, mine = maps_of(clip.visual.trunk, images), ours(images)
         for s in range(4):
-            assert difference(mine[s], theirs[s]) <= 1e-5, s
+            claim("ConvNeXt = open_clip's, all four maps", difference(mine[s], theirs[s]), 1e-5)
         # The maps are what CLIP itself goes on from: its own head on our last map gives its image feature.
         feature = clip.visual.head(clip.visual.trunk.forward_head(mine[-1]))
         assert difference(feature, clip.visual(images)) <= 1e-5

@@ -3,7 +3,7 @@ import numpy as np
 import pycocotools.mask as coco
 import pytest
 
-from masks import decode_mask, fill_polygon
+from pictures.mask_files import decode_mask, fill_polygon
 
 
 def published(polygons, w, h):
@@ -31,7 +31,7 @@ def test_several_polygons_are_their_union():
 
 def test_run_lengths_both_ways():
     rng = np.random.default_rng(5)
-    for trial in range(100):
+    for _ in range(100):
         h, w = rng.integers(1, 70, 2).tolist()
         mask = rng.random((h, w)) < rng.choice([0.02, 0.5, 0.98])
         mask[0, 0] |= not mask.any()

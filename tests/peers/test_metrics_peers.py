@@ -1,23 +1,21 @@
-"""BLEU-1..4, ROUGE-L and CIDEr equal pycocoevalcap's to 1e-6 on the same tokens; the tokens equal its Java tokenizer's.
+"""
+Proves that BLEU-1..4, ROUGE-L and CIDEr equal pycocoevalcap's to 1e-6 on the same tokens, and the tokens its Java
+tokenizer's.
 
+    pytest tests/peers/test_metrics_peers.py
 The captions are drawn from a small grammar with a fixed seed: five references an image, answers of every quality, with
 repeated words, very short texts, words that no reference has, and references that repeat.
 """
-
 import random
 import shutil
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import metrics  # noqa: E402
 
 import pycocoevalcap.bleu.bleu as bleu
-import pycocoevalcap.rouge.rouge as rouge
 import pycocoevalcap.cider.cider as cider
+import pycocoevalcap.rouge.rouge as rouge
 import pycocoevalcap.tokenizer.ptbtokenizer as ptb
+import pytest
+
+from scoring import metrics
 
 COUNTS = ("a", "many", "several", "some", "two")
 COLORS = ("", "green", "gray", "white", "dark green")
@@ -25,16 +23,16 @@ THINGS = ("buildings", "trees", "planes", "storage tanks", "ships", "baseball fi
 PLACES = ("in an airport", "near a river", "next to a road", "in a dense residential area", "around a square", "")
 
 
-def phrase(draw: random.Random) -> str:
+def phrase(draw):
     return f"{draw.choice(COUNTS)} {draw.choice(COLORS)} {draw.choice(THINGS)}"
 
 
-def caption(draw: random.Random) -> str:
+def caption(draw):
     parts = [phrase(draw) for _ in range(draw.randint(1, 3))]
     return f"{' and '.join(parts)} are {draw.choice(PLACES)}"
 
 
-def synthetic_set(images: int = 300) -> tuple[list[str], list[list[str]]]:
+def synthetic_set(images=300):
     draw = random.Random(7)
     odd = ["trees", "trees trees trees trees", "zebra", "a", "many planes"]
     predictions, references = [], []
@@ -47,7 +45,7 @@ def synthetic_set(images: int = 300) -> tuple[list[str], list[list[str]]]:
     return predictions, references
 
 
-def peer_inputs(predictions: list[str], references: list[list[str]]) -> tuple[dict, dict]:
+def peer_inputs(predictions, references):
     return dict(enumerate(references)), {number: [text] for number, text in enumerate(predictions)}
 
 
@@ -56,31 +54,31 @@ TOKENS = [text.split() for text in PREDICTIONS], [[text.split() for text in answ
 PEER = peer_inputs(PREDICTIONS, REFERENCES)
 
 
-def test_bleu_equals_pycocoevalcap() -> None:
+def test_bleu_equals_pycocoevalcap():
     theirs, _ = bleu.Bleu(4).compute_score(*PEER, verbose=0)
     assert metrics.bleu(*TOKENS) == pytest.approx(theirs, abs=1e-6)
     assert 0.2 < theirs[3] < theirs[0] < 0.9      # the set is neither hopeless nor copied
 
 
-def test_bleu_of_hopeless_answers_equals_pycocoevalcap() -> None:
+def test_bleu_of_hopeless_answers_equals_pycocoevalcap():
     """One-word answers that no reference has: only the guards against 0 / 0 are left."""
     predictions, references = ["zebra", "lion"], [["many trees"], ["a road", "a long gray road"]]
     theirs, _ = bleu.Bleu(4).compute_score(*peer_inputs(predictions, references), verbose=0)
     assert metrics.bleu(predictions, references) == pytest.approx(theirs, rel=1e-9)
 
 
-def test_rouge_l_equals_pycocoevalcap() -> None:
+def test_rouge_l_equals_pycocoevalcap():
     theirs, _ = rouge.Rouge().compute_score(*PEER)
     assert metrics.rouge_l(*TOKENS) == pytest.approx(theirs, abs=1e-6)
 
 
-def test_cider_equals_pycocoevalcap() -> None:
+def test_cider_equals_pycocoevalcap():
     theirs, _ = cider.Cider().compute_score(*PEER)
     assert metrics.cider(*TOKENS) == pytest.approx(theirs, abs=1e-6)
     assert theirs > 0.5
 
 
-def test_cider_of_a_sub_set_equals_pycocoevalcap() -> None:
+def test_cider_of_a_sub_set_equals_pycocoevalcap():
     """Other images, other weights: the same answers score differently in a smaller set, here as there."""
     some = slice(0, 20)
     theirs, _ = cider.Cider().compute_score(*peer_inputs(PREDICTIONS[some], REFERENCES[some]))
@@ -88,7 +86,7 @@ def test_cider_of_a_sub_set_equals_pycocoevalcap() -> None:
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="pycocoevalcap's tokenizer is a Java program")
-def test_tokens_equal_the_java_tokenizer() -> None:
+def test_tokens_equal_the_java_tokenizer():
     texts = ["Many planes are parked next to a long building in an airport .", "It's a T-shaped building.",
              "don't, can't and isn't", "the building's roofs; the dogs' house: (red and white) [two] {x}",
              "a 3,000 m2 area, 10% water, 5.5 km", "roads/paths and trees & bushes",

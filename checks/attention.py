@@ -1,0 +1,116 @@
+"""
+Where an image token looks: the SFI attention of one token over its window at every scale (Aquila, Sec. 3.3 and 3.4).
+
+    python -m checks.attention --model DIR --image scene.png --token 1,2 --layer tokens --out attention.png
+
+`--layer tokens` is the first SFI, a number MDA's SFI before that LM layer. The LM is causal: words after <image> cannot
+change what MDA asks, words before it can.
+"""
+import argparse
+import math
+import pathlib
+import re
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from aquila import load_model, locate_weights
+from convnext import STRIDES
+from data import encode_turns
+from files.text import written_whole
+from pictures.image_files import fit_image, load_image, open_image, to_tensor
+from sfi import attention_weights
+from tokenizer import load_tokenizer
+
+SIDE = 320                                  # of a panel, in pixels
+# Viridis (github.com/BIDS/colormap, CC0) at equal steps: lighter is more, in gray and to the color-blind as well.
+RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+
+
+def sfi_weights(model, images, layer="tokens", ids=None):
+    """
+    in:  images (n, 3, H, W); layer "tokens" or an LM layer with MDA, which needs ids (B, T), prompts with image slots.
+    out: that SFI's attention, the mean of its heads: a list of (n, N, k_s*k_s) arrays, together 1 for each token.
+    """
+    places = {"tokens": model.tokens.sfi} if model.config.integration == "sfi" else {}
+    places |= {name: layer.sfi for name, layer in model.mda.items()}
+    if str(layer) not in places:
+        raise ValueError(f"--layer {layer}: this model has an SFI at {', '.join(places) or 'no place'}")
+    weights = []
+    # The hook sees the queries and the pyramid that the model itself hands to this SFI.
+    watch = lambda sfi, given, out: weights.extend(attention_weights(sfi, given[0], given[1]))
+    with places[str(layer)].register_forward_hook(watch), torch.inference_mode():
+        if layer == "tokens":
+            model.image_tokens(model.encode_images(images))
+        else:
+            model({"ids": ids, "images": images})
+    return [a.mean(dim=2).float().cpu().numpy() for a in weights]
+
+
+def attention_picture(image, weights, grid, token):
+    """
+    The window of an image token at every scale, cells shaded from 0 to the panel's largest, beside the whole image.
+    in:  PIL image; the token's weights, a (k_s*k_s,) array a scale, together 1; grid (rows, cols); token (row, col).
+    """
+    (rows, cols), (row, col), half = grid, token, SIDE // 2
+    image, x, y = image.convert("RGB"), image.width / cols, image.height / rows
+    box = [SIDE * col / cols, SIDE * row / rows, SIDE * (col + 1) / cols, SIDE * (row + 1) / rows]
+    panels = [(image.resize((SIDE, SIDE)), box, f"token {row},{col} of {rows}x{cols}\nbright: a panel's largest cell")]
+    # In the others the window is the middle half; gray where its surroundings leave the image.
+    area = (col - 0.5) * x, (row - 0.5) * y, (col + 1.5) * x, (row + 1.5) * y
+    near = image.transform((SIDE, SIDE), Image.Transform.EXTENT, area, Image.Resampling.BICUBIC, fillcolor="gray")
+    box = [half // 2, half // 2, half * 3 // 2, half * 3 // 2]
+    for stride, a in zip(STRIDES[-len(weights):], weights):                        # the concat baseline has the last
+        k, steps, panel = math.isqrt(len(a)), np.linspace(0, max(a.max(), 1e-30), len(RAMP)), near.copy()
+        shades = np.stack([np.interp(a, steps, channel) for channel in RAMP.T], axis=-1).reshape(k, k, 3)
+        cells = Image.fromarray(shades.astype(np.uint8)).resize((half, half), Image.Resampling.NEAREST)
+        panel.paste(cells, box, Image.new("L", cells.size, 160))
+        text = f"stride {stride}: {100 * a.sum():.1f} % of the weight\n{k}x{k} cells, largest {100 * a.max():.2f} %"
+        panels.append((panel, box, text))
+    out = Image.new("RGB", (len(panels) * (SIDE + 8), SIDE + 48), "white")
+    for i, (panel, box, text) in enumerate(panels):
+        ImageDraw.Draw(panel).rectangle(box, outline="red", width=2)
+        out.paste(panel, (i * (SIDE + 8), 0))
+        ImageDraw.Draw(out).text((i * (SIDE + 8) + 4, SIDE + 4), text, "black", ImageFont.load_default(15))
+    return out
+
+
+def draw_attention(args):
+    place = re.fullmatch(r"(\d+),(\d+)", args.token)
+    if not place:
+        raise ValueError(f"--token {args.token}: expected --token ROW,COL as in 1,2")
+    image = load_image(args.image) if args.image.startswith("scene:") else open_image(args.image)
+    model, row, col = load_model(args.model), int(place[1]), int(place[2])
+    c = model.config
+    if max(row, col) >= c.side:
+        raise ValueError(f"--token {args.token}: the image has {c.side}x{c.side} tokens, rows and columns count from 0")
+    image = fit_image(image, c.image_size, c.fit)
+    ask = args.ask if "<image>" in args.ask else f"<image>\n{args.ask}"
+    tokenizer = load_tokenizer(locate_weights(c.llm_dir, "language model"))
+    ids, _ = encode_turns([("user", ask), ("assistant", None)], tokenizer, c.chat, 1, c.tokens_per_image)
+    weights = sfi_weights(model, to_tensor(image)[None], args.layer, torch.tensor([ids]))
+    return attention_picture(image, [a[0, row * c.side + col] for a in weights], (c.side, c.side), (row, col))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder that train.py wrote")
+    add("--image", required=True, help="image file, or a built-in scene as in scene:test/0/3/128")
+    add("--token", required=True, help="ROW,COL of the image token in the grid, from 0")
+    add("--layer", default="tokens", help="tokens, or the number of an LM layer with MDA (default tokens)")
+    add("--ask", default="Describe the image.", help="the prompt, for an LM layer (default: %(default)s)")
+    add("--out", default="attention.png", type=pathlib.Path, help="file to write (default attention.png)")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.suffix != ".png" or not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: expected a name that ends in .png, in a folder that is there")
+        with written_whole(args.out) as temporary:
+            draw_attention(args).save(temporary, "PNG")
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"checks.attention: {e}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""
+What flows where in a preset, and the LM of a trained stage for other programs. Run as
+
+    python aquila.py --preset aquila-8b
+    python aquila.py --model runs/tiny/stage2 --export DIR
+    python aquila.py --llm LLAMA --adapter PEFT --export DIR
+"""
+import argparse
+import dataclasses
+import pathlib
+import shutil
+
+import torch
+
+from aquila import (PRESETS, TRAINS, LoRAConfig, assemble, build, count_parameters, load_config, load_trained,
+                    locate_weights, trained_parts)
+from convnext import STRIDES
+from files.text import one_line
+from llama import load_llama, load_lora, lora_layers, merge_lora, save_llama, save_lora
+
+
+def describe(config):
+    """Shapes, by running the model without memory, and parameters, as text."""
+    with torch.device("meta"):
+        model = assemble(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
+        images = torch.empty(1, 3, config.image_size, config.image_size)
+        maps = model.encode_images(images)
+        pyramid, image_tokens = model.image_tokens(maps)
+    lines = [f"image                {tuple(images.shape)}"]
+    lines += [f"map {s}, stride {STRIDES[s]:<2}     {tuple(x.shape)}" for s, x in enumerate(maps)]
+    lines += [f"windows of scale {s}   {tuple(x.shape)}" for s, x in enumerate(pyramid)]
+    lines += [f"image tokens         {tuple(image_tokens.shape)}",
+              f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
+    if config.region_dim:
+        lines.append(f"region tokens        2 of {config.llm.dim} a <region>")
+    for part, n in count_parameters(model.named_parameters()).items():
+        stages = [stage for stage in TRAINS[config.family] if part in trained_parts(config, stage)]
+        lines.append(f"{part:9} {n:14,} parameters" + "".join(f", stage {stage} trains it" for stage in stages))
+    return "\n".join(lines)
+
+
+def export(llm, source, out):
+    """out/adapter: the LoRA as PEFT's files; out/llm: the LM with it merged, with the tokenizer files of source."""
+    if lora_layers(llm):
+        save_lora(llm, out / "adapter")
+    save_llama(merge_lora(llm), out / "llm")
+    for file in pathlib.Path(source).glob("*token*"):
+        shutil.copy(file, out / "llm")
+    print(f"wrote {out}")
+
+
+def run(args):
+    if not args.export:
+        print(describe(PRESETS[args.preset]))
+    elif args.model:
+        config = load_config(args.model)
+        config = dataclasses.replace(config, llm_dir=args.llm or config.llm_dir)
+        model = build(config, torch.bfloat16)                  # LoRA stays in float32: a merged weight is rounded once
+        load_trained(model, args.model)
+        export(model.llm, locate_weights(config.llm_dir, "language model"), args.export)
+    elif args.llm and args.adapter:
+        export(load_lora(load_llama(args.llm, torch.bfloat16), args.adapter), args.llm, args.export)
+    else:
+        raise ValueError("--export needs --model, or --llm and --adapter")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="aquila.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="what to describe (default tiny)")
+    parser.add_argument("--export", type=pathlib.Path, metavar="DIR",
+                        help="write DIR/llm, the LM with its LoRA merged, as a Hugging Face folder in bfloat16, and "
+                             "DIR/adapter, the LoRA alone, as PEFT's files")
+    parser.add_argument("--model", help="--export: folder that train.py wrote")
+    parser.add_argument("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
+    parser.add_argument("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"aquila.py: {one_line(e)}\n")

@@ -1,0 +1,141 @@
+"""
+A file of records, looked at before training on it.
+
+    python data.py check FILE --images DIR [--fix OUT]    # decodes images and masks, counts tokens, lists every problem
+    python data.py show FILE --images DIR                 # prints what a model reads, the learned tokens marked
+"""
+import argparse
+import collections
+import itertools
+import pathlib
+import sys
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from functools import lru_cache, partial
+
+from convnext import STRIDES
+from data import (CHATS, count_images, encode_record, encode_turns, form_problems, image_names, is_text, load_pixels,
+                  mentions, parse_records, read_records, turns_of)
+from files.text import one_line, write_json_lines
+from pictures.image_files import load_image
+from pictures.mask_files import decode_mask, tolerated
+from tokenizer import IGNORE, SLOTS, load_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOLERATED = "tolerated: "                   # begins the kinds that are counted, and are no problem
+tokenizer_of = lru_cache(load_tokenizer)    # loaded once a worker
+
+
+def problems_of(record, root, config):
+    """[(kind, text)] of every problem of a record, or of the ValueError in its place; of what is TOLERATED, too."""
+    found = list(form_problems(record))
+    if not isinstance(record, dict):
+        return [("not JSON", str(record))] if isinstance(record, ValueError) else found
+    names, masks = [name for name in image_names(record) if is_text(name) and name], record.get("masks") or []
+    if all(kind == "empty answer" for kind, _ in found):                           # else it cannot be read as turns
+        turns = turns_of(record)
+        slots = problems_in("slots", count_images, turns, len(names)) if names else []
+        slots += problems_in("slots", mentions, turns, len(masks)) if masks else []
+        found += slots or problems_in("no room", check_room, turns, len(names), len(masks), config)
+    for name in names:
+        size, problems = open_once(name, root)
+        found += problems
+        for value in masks if size and len(names) == 1 and isinstance(masks, list) else []:
+            wrong = problems_in("mask", decode_mask, value, size, root)
+            found += wrong or [(TOLERATED + words, "") for words in tolerated(value, size)]
+    return found
+
+
+def check_room(turns, images, masks, config):
+    ids, _ = encode_turns(turns, tokenizer_of(config.tokenizer), config.chat, images, config.tokens_per_image, masks)
+    if len(ids) > config.max_len:
+        raise ValueError(f"no room: {len(ids)} tokens with the answer, at most {config.max_len} fit (--max-len)")
+
+
+def problems_in(kind, function, *args):
+    """[(kind, text)] of the error that function(*args) raises, or []."""
+    try:
+        function(*args)
+    except (ValueError, FileNotFoundError) as e:
+        return [("missing file" if isinstance(e, FileNotFoundError) else kind, str(e))]
+    return []
+
+
+@lru_cache(maxsize=100_000)                 # an image is decoded once a worker, however many records it has
+def open_once(name, root):
+    """-> [width, height] of an image that decodes to its end, or [], and a list of its problem."""
+    size = []
+    return size, problems_in("image", lambda: size.extend(load_image(name, root).size))
+
+
+def check(path, root, workers, config, fix=None):
+    """Print every problem of every record and a summary by kind; return the number of bad records."""
+    if fix and pathlib.Path(fix).exists() and pathlib.Path(fix).samefile(path):
+        raise ValueError(f"--fix {fix} is the file that is checked; give another name")
+    if fix and not pathlib.Path(fix).resolve().parent.is_dir():
+        raise ValueError(f"--fix {fix}: no such folder")
+    encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
+    items, clean, first_line, kinds = list(parse_records(path)), [], {}, collections.Counter()
+    if not items:
+        raise ValueError(f"{path} holds no records")
+    run = map if workers == 1 else partial(ProcessPoolExecutor(workers).map, chunksize=32)
+    results = run(partial(problems_of, root=str(root), config=config), [record for _, record in items])
+    for done, (found, (number, record)) in enumerate(zip(results, items), 1):
+        name = record.get("id", number) if isinstance(record, dict) else None
+        if isinstance(name, (str, int)) and first_line.setdefault(str(name), number) != number:
+            found.append(("same id", f"id {str(name)!r} is that of line {first_line[str(name)]}, too"))
+        kinds.update({kind for kind, _ in found})                                  # records, not problems, are counted
+        problems = [text for kind, text in found if not kind.startswith(TOLERATED)]
+        for text in problems:
+            print(f"line {number} ({one_line(str(name)[:80])}): {one_line(text)}")
+        if not problems:
+            clean.append({"id": str(number), **record})
+        if sys.stderr.isatty() and (done % 100 == 0 or done == len(items)):
+            print(f"\r{done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
+    for kind, n in sorted(kinds.items()):
+        print(f"{n:7d}  {kind}")
+    print(f"{path}: {len(items)} records, {len(items) - len(clean)} with a problem")
+    if fix:
+        write_json_lines(fix, clean)
+        print(f"{fix}: {len(clean)} records written")
+    return len(items) - len(clean)
+
+
+def show(path, root, config, n):
+    """Print the first n records as a model reads them: runs of masked (-) and learned (+) tokens, and their number."""
+    tokenizer = tokenizer_of(config.tokenizer)
+    special = {i: name for name, i in tokenizer.special.items()} | SLOTS
+    for record in read_records(path)[:n]:
+        row = encode_record(record, tokenizer, config.chat, config.tokens_per_image)
+        images, masks = load_pixels(record, root, config)
+        regions = f", {len(masks)} masks" if len(masks) else ""
+        print(f"record {record['id']}: {len(row['ids'])} tokens, {sum(t != IGNORE for t in row['labels'])} learned, "
+              f"images {image_names(record)} as {tuple(images.shape)}{regions}")
+        kind = lambda pair: (pair[1] != IGNORE, special.get(pair[0], ""))          # pair: id, label
+        for (learned, name), pairs in itertools.groupby(zip(row["ids"], row["labels"]), kind):
+            tokens = [token for token, _ in pairs]
+            print(f"  {'+' if learned else '-'} {len(tokens):5d}  {name or repr(tokenizer.decode(tokens))}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a file of records before training on it.")
+    add = parser.add_argument
+    add("command", choices=("check", "show"), help="check: list every problem; show: print tokens and labels")
+    add("file", help=".jsonl or .json file of records")
+    add("--images", default=".", help="folder that image and mask paths start from (default: here)")
+    add("--workers", type=int, help="check: processes (default: all cores)")
+    add("--fix", metavar="OUT", help="check: write the records without a problem to this .jsonl file")
+    add("-n", type=int, default=3, help="show: how many records (default 3)")
+    add("--tokenizer", default=ROOT / "weights/tiny-llm", help="tokenizer file or folder (default: the tiny preset's)")
+    add("--chat", default="llama-3", choices=CHATS, help="chat format (default llama-3)")
+    add("--max-len", type=int, default=1024, help="check: tokens of prompt, images and answer, at most (default 1024)")
+    add("--image-size", type=int, default=128, help="image side in pixels (default 128)")
+    add("--fit", default="resize", choices=("resize", "letterbox"), help="show: how images are fitted")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    config = argparse.Namespace(**vars(args), tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
+    try:
+        if args.command == "check":
+            sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)
+        show(args.file, args.images, config, args.n)
+    except (ValueError, OSError, BrokenProcessPool) as e:
+        parser.exit(2, f"data.py: {one_line(e)}\n")

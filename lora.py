@@ -1,0 +1,63 @@
+"""
+LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight W learns a low-rank change, W + (alpha / rank) B A.
+
+    apply_lora(llama, rank=64, alpha=16, dropout=0.05)      # the linear layers of every block learn by LoRA now
+    merge_lora(llama)                                       # the change added to W: a plain Llama again
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")       # our names of the linear layers of a block
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A dropout(x), W frozen. Shares W with the layer it replaces."""
+
+    def __init__(self, plain, rank, alpha, dropout):
+        super().__init__()
+        self.weight = plain.weight.requires_grad_(False)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        like = dict(dtype=torch.float32, device=plain.weight.device)               # trained in float32 over any base
+        self.lora_a = nn.Parameter(torch.empty(rank, plain.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(plain.out_features, rank, **like))  # zero: training starts from W
+        if not self.lora_a.is_meta:
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))                  # as nn.Linear starts, and PEFT
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
+        low = low * (self.alpha / self.rank)                                       # here x is narrowest
+        return F.linear(x, self.weight) + F.linear(low, self.lora_b.to(x.dtype))
+
+
+def lora_layers(model):
+    """(name, LoRALinear) of every layer that learns by LoRA."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
+    """Replace, in place, the named linear layers of every block by LoRALinear."""
+    if not targets or set(targets) - set(LORA_TARGETS):
+        raise ValueError(f"LoRA targets {sorted(targets)}: expected some of {', '.join(LORA_TARGETS)}")
+    if lora_layers(model):
+        raise ValueError("this model has LoRA already; merge it first")
+    for layer in model.layers:
+        for block in (layer.attn, layer.mlp):
+            for name in targets:
+                if hasattr(block, name):
+                    setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, dropout).train(model.training))
+    return model
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Fold every LoRA into its weight, in place: W + (alpha / rank) B A. The model is a plain Llama again."""
+    for name, m in lora_layers(model):
+        m.weight += (m.alpha / m.rank) * (m.lora_b @ m.lora_a)                     # summed in float32, rounded once
+        plain = nn.Linear(m.weight.shape[1], m.weight.shape[0], bias=False, device="meta")
+        plain.weight = m.weight
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+    return model

@@ -1,0 +1,281 @@
+"""
+Proves what the assembled model promises: text alone is the base LM bit for bit, batches equal single prompts, cached
+decoding equals a full forward, a checkpoint comes back whole, a stage trains what its table says, and what is exported
+for other programs is the model that was trained.
+
+    pytest tests/method/test_aquila.py
+"""
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, ROWS, SMALL, claim, command_line, difference, prompt
+
+from aquila import (PRESETS, TRAINS, Aquila, LoRAConfig, build, config_from_dict, config_to_dict, load_trained, part_of,
+                    save_model, set_stage)
+from commands import model as model_command
+from data import collate
+from llama import KVCache, load_llama, load_lora, lora_layers, merge_lora
+from tokenizer import IGNORE, ByteTokenizer, load_tokenizer
+
+
+@pytest.mark.parametrize("mda", [(0, 2), ()], ids=["MDA", "no MDA"])
+@pytest.mark.parametrize("integration", ["sfi", "concat"])
+def test_text_alone_is_the_base_lm_bit_for_bit(small, integration, mda):
+    """Random (so: trained) MDA weights; prefill and cached decoding. All four rows of Table 5."""
+    model = small(integration=integration, mda_layers=mda)
+    batch = collate([prompt("no image here"), prompt("nor here, and longer")])
+    ids = batch["ids"]
+    logits = model({**batch, "labels": None})[1]
+    claim("Aquila on text alone = its LM, logits", difference(logits, model.llm(ids)), 0)
+    ours = list(model.generate({**batch, "labels": None}, stop_ids=(), max_new_tokens=5))
+    cache = KVCache(SMALL.llm, 2, ids.shape[1] + 5, torch.float32, "cpu")
+    logits = model.llm(ids, cache=cache, at=(torch.arange(2), batch["lengths"] - 1))
+    cache.set_lengths(batch["lengths"])
+    for step in ours:
+        assert torch.equal(step, logits.argmax(-1))
+        logits = model.llm(step[:, None], cache=cache)[:, -1]
+
+
+def test_text_rows_of_a_mixed_batch_never_see_the_images(small):
+    model = small()
+    mixed = collate([ROWS[0], ROWS[1]])
+    text = {**mixed, "images": None, "ids": mixed["ids"].clamp(min=0)}
+    assert torch.equal(model({**mixed, "labels": None})[1][1], model({**text, "labels": None})[1][1])
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_batch_equals_its_rows_one_by_one(small, heads):
+    """Rows with no, one and two images and unequal lengths: logits at the answers and generated tokens."""
+    model = small(heads=heads)
+    loss, logits, n = model(collate(ROWS))
+    singles = [model(collate([row])) for row in ROWS]
+    assert n == sum(s[2] for s in singles)
+    claim("Aquila on a batch = on its rows, logits", difference(logits, torch.cat([s[1] for s in singles])), 1e-5)
+    assert abs(loss - sum(s[0] for s in singles)) <= 1e-5 * loss
+    steps = torch.stack(list(model.generate(collate(ROWS), stop_ids=(), max_new_tokens=6)))
+    for i, row in enumerate(ROWS):
+        alone = torch.stack(list(model.generate(collate([row]), stop_ids=(), max_new_tokens=6)))
+        assert torch.equal(steps[:, i], alone[:, 0])
+
+
+def test_cached_decoding_equals_a_full_forward_with_mda(small):
+    model = small()
+    row = prompt("how many?", 2)
+    steps = [int(t) for t in model.generate(collate([row]), stop_ids=(), max_new_tokens=8)]
+    full = collate([{**row, "ids": row["ids"] + steps, "labels": row["labels"] + [IGNORE] * 8}])
+    logits = model({**full, "labels": None})[1][0]
+    assert logits[len(row["ids"]) - 1:-1].argmax(-1).tolist() == steps
+
+
+def test_mda_and_the_image_change_the_answer(small):
+    """A test of the tests above: with random weights both really reach the logits."""
+    model = small()
+    batch = {**collate([prompt("what?", 1)]), "labels": None}
+    logits = model(batch)[1]
+    other = model({**batch, "images": batch["images"] + 1})[1]
+    model.mda = torch.nn.ModuleDict()
+    assert (logits - other).abs().max() > 1e-3 and (logits - model(batch)[1]).abs().max() > 1e-3
+
+
+def test_training_starts_from_the_lm_without_mda():
+    """Zero-initialised returns: a new model gives the same logits with and without MDA."""
+    torch.manual_seed(0)
+    model = Aquila(SMALL).eval()
+    batch = {**collate([prompt("what?", 1)]), "labels": None}
+    logits = model(batch)[1]
+    model.mda = torch.nn.ModuleDict()
+    assert torch.equal(logits, model(batch)[1])
+
+
+def test_loss_is_the_textbook_loss(small):
+    """Logits at the learned positions only; the same numbers as all logits, shifted, with ignore_index."""
+    model, batch = small(), collate(ROWS)
+    loss, logits, n = model(batch)
+    every = model({**batch, "labels": None})[1]
+    target = batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(every[:, :-1].flatten(0, 1), target, ignore_index=IGNORE, reduction="sum")
+    assert logits.shape == (n, 264) and n == int((target != IGNORE).sum())
+    claim("loss = the textbook's", difference(loss, expected), 1e-5)
+
+
+def test_grad_checkpoint_changes_no_gradient(small, lora):
+    gradients = []
+    for flag in (False, True):
+        model = small(lora=lora).train()
+        set_stage(model, 2)
+        model.llm.grad_checkpoint = flag
+        model(collate(ROWS))[0].backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(a, gradients[1][k], rtol=1e-5, atol=1e-6) for k, a in gradients[0].items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stage_trains_what_its_table_says(small, lora, stage):
+    """One optimizer step: every parameter of the listed parts has a gradient and moves; nothing else changes a bit."""
+    model = small(lora=lora if stage == 2 else None)
+    model.train()
+    trainable = set_stage(model, stage)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    model(collate(ROWS))[0].backward()
+    assert all(p.grad is not None for p in trainable.values())
+    torch.optim.SGD(trainable.values(), lr=0.1).step()
+    moved = {part_of(k) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    assert moved == set(TRAINS["aquila"][stage])
+
+
+def test_a_batch_of_text_alone_gives_every_parameter_a_gradient(small):
+    """Else DDP would wait for ever (or refuse) when one process has no image in its batch."""
+    model = small().train()
+    trainable = set_stage(model, 1)
+    model(collate([ROWS[1]]))[0].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in trainable.values())
+
+
+def test_wrong_number_of_slots_is_an_error(small):
+    model, batch = small(), collate([ROWS[0]])
+    for bad in ({**batch, "images": None}, {**batch, "ids": batch["ids"][:, 3:]}):
+        with pytest.raises(ValueError, match="image slots in the prompts"):
+            model({**bad, "labels": None})
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 128)])
+def test_rectangular_images(size):
+    """An image of H x W pixels has (H/32)(W/32) tokens; the learned grid is resized to it."""
+    torch.manual_seed(0)
+    model = Aquila(SMALL)
+    pyramid, tokens = model.image_tokens(model.encode_images(torch.randn(2, 3, *size)))
+    assert tokens.shape == (2, size[0] * size[1] // 1024, SMALL.llm.dim)
+    assert [p.shape[2] for p in pyramid] == [64, 16, 4, 1]
+
+
+def test_a_checkpoint_comes_back_whole(small, lora, tmp_path):
+    """The trained part alone: saved, filled into a model with other weights, equal; a tensor too few is an error."""
+    model = small(lora=lora)
+    save_model(model, tmp_path)
+    torch.manual_seed(1)
+
+    def another(**changes):                 # the same frozen parts, other weights of our own
+        new = Aquila(dataclasses.replace(model.config, **changes))
+        published = {k: p for k, p in model.named_parameters() if k not in model.trained()}
+        unexpected = new.load_state_dict(published, strict=False).unexpected_keys
+        assert not unexpected
+        return new
+
+    other = another()
+    load_trained(other, tmp_path)
+    assert all(torch.equal(p, other.trained()[k]) for k, p in model.trained().items())
+    assert not any(k.startswith("vision") or (k.startswith("llm") and "lora" not in k) for k in model.trained())
+    with pytest.raises(ValueError, match="missing.*mda.1"):
+        load_trained(another(mda_layers=(0, 1, 2)), tmp_path)
+    with pytest.raises(ValueError, match="unexpected.*lora_a"):
+        load_trained(another(lora=None), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vision", "llm"])
+def test_a_checkpoint_knows_its_frozen_parts(small, part, tmp_path):
+    """Other frozen weights are refused by name; the same in another dtype are not."""
+    model = small()
+    save_model(model, tmp_path)
+    load_trained(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
+    next(p for k, p in model.named_parameters() if part_of(k) == part).data[0] += 0.1
+    with pytest.raises(ValueError, match=f"trained on other weights.*--{part}"):
+        load_trained(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_json(name, lora):
+    for config in (PRESETS[name], dataclasses.replace(PRESETS[name], lora=lora)):
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_the_papers_sizes():
+    """Built without memory: the shapes of Table 2 and Sec. 3.2, and Llama-3-8B's parameter count."""
+    text = model_command.describe(PRESETS["aquila-8b"])
+    for line in ("(1, 384, 256, 256)", "(1, 3072, 32, 32)", "(1, 1024, 64, 1024)", "(1, 1024, 4096)", "8,030,261,248"):
+        assert line in text
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"image_size": 100}, "multiple of 32"), ({"integration": "sum"}, "sfi or concat"),
+    ({"mda_layers": (0, 3)}, "layers 0 to 2")])
+def test_a_config_that_makes_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_answers_are_text(small):
+    model, tokenizer = small(), ByteTokenizer()
+    answers = model.answer(collate(ROWS), tokenizer, max_new_tokens=4)
+    assert len(answers) == 4 and all(isinstance(a, str) for a in answers)
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def command(*args):
+    return command_line(model_command.main, *args)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """-> the LM as it was trained (bfloat16, LoRA in float32), and the folder that the command wrote."""
+    folder, lora = tmp_path_factory.mktemp("export"), LoRAConfig(rank=4, alpha=8, dropout=0.0)
+    torch.manual_seed(0)
+    model = build(dataclasses.replace(PRESETS["tiny"], lora=lora), torch.bfloat16)
+    for _, m in lora_layers(model.llm):
+        torch.nn.init.normal_(m.lora_b, std=0.1)
+    save_model(model, folder / "run")
+    code, out, err = command("--model", folder / "run", "--export", folder / "out")
+    assert (code, out, err) == (0, f"wrote {folder / 'out'}\n", "")
+    return model.llm.eval(), folder / "out"
+
+
+@torch.no_grad()
+def test_the_exported_llm_is_the_merged_model(exported):
+    """Every weight is W + (alpha / rank) B A, rounded to bfloat16 once; the logits, and the tokenizer beside it."""
+    trained, folder = exported
+    llm = load_llama(folder / "llm", torch.bfloat16)
+    for name, m in lora_layers(trained):
+        exact = m.weight.double() + 8 / 4 * m.lora_b.double() @ m.lora_a.double()
+        merged = llm.get_parameter(f"{name}.weight").double()
+        assert torch.allclose(merged, exact, rtol=1.01 * 2 ** -8, atol=1e-7), name                 # half a last bit
+    assert torch.equal(llm(IDS), merge_lora(copy.deepcopy(trained))(IDS))
+    untrained = load_llama(ROOT / "weights/tiny-llm", torch.bfloat16)
+    assert difference(llm(IDS), trained(IDS)) < 0.05 < difference(llm(IDS), untrained(IDS))
+    assert load_tokenizer(folder / "llm").encode("a ship") == load_tokenizer(ROOT / "weights/tiny-llm").encode("a ship")
+
+
+@torch.no_grad()
+def test_the_exported_adapter_is_the_lora(exported):
+    trained, folder = exported
+    llm = load_lora(load_llama(ROOT / "weights/tiny-llm", torch.bfloat16), folder / "adapter")
+    theirs = dict(trained.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in llm.named_parameters()) and len(lora_layers(llm)) == 28
+    assert torch.equal(llm(IDS), trained(IDS))
+
+
+def test_an_adapter_is_merged_without_a_model(exported, tmp_path):
+    """--llm and --adapter give the same files as --model."""
+    _, folder = exported
+    code, _, err = command("--llm", ROOT / "weights/tiny-llm", "--adapter", folder / "adapter", "--export", tmp_path)
+    assert (code, err) == (0, "")
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    assert len(files) == 6
+    assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ((), "--export needs --model, or --llm and --adapter"), (("--adapter", "lora"), "--export needs --model"),
+    (("--model", "nothing"), "nothing/config.json is not there"),
+    (("--llm", "nothing", "--adapter", "lora"), "nothing has neither config.json")])
+def test_a_wrong_export_is_one_line_and_exit_code_2(tmp_path, flags, message):
+    code, out, err = command("--export", tmp_path / "out", *flags)
+    assert code == 2 and not out and err.startswith(f"aquila.py: {message}") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

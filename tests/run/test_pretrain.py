@@ -1,0 +1,51 @@
+"""
+Proves of the pretraining of the tiny CLIP: a text is true of every image that it fits, balancing changes nothing but
+the size of the maps, and the file that is written loads.
+
+    pytest tests/run/test_pretrain.py
+"""
+import numpy as np
+import torch
+
+from convnext import CONVNEXTS, load_convnext
+from checks import pretrain
+from toy.layout import make_layout
+from toy.scenes import NUMBERS, make_scene, plural
+
+
+def test_a_text_is_true_of_every_image_it_fits():
+    texts, true = pretrain.pairs(range(40))
+    assert true.shape == (40, len(texts)) and len(set(texts)) == len(texts)
+    for index, row in enumerate(true):
+        objects = make_layout("train", index, 0).items
+        for text, fits in zip(texts, row):
+            number, color, name = (text.split(maxsplit=2) + ["", ""])[:3]
+            if number in NUMBERS and name:
+                told = NUMBERS.index(number)
+                assert fits == (told == sum(o.color == color and plural(o.name, told) == name for o in objects))
+    shared = (true.sum(0) > 1).float().mean()
+    assert 0.1 < shared < 0.9               # else either no text is shared, or none tells images apart
+
+
+def test_balanced_maps_have_rms_one_and_the_logits_stay():
+    torch.manual_seed(0)
+    model = pretrain.CLIP(CONVNEXTS["tiny"], ["red", "ship"]).eval()
+    for p in model.trunk.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    images, texts = torch.randn(4, 3, 64, 64), ["red ship", "ship"]
+    with torch.no_grad():
+        before = model(images, texts)
+        pretrain.balance(model.trunk, images)
+        after, maps = model(images, texts), model.trunk(images)
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+    assert all(abs(x.square().mean().sqrt() - 1) < 1e-3 for x in maps)
+
+
+def test_the_vision_file_is_an_open_clip_file(tmp_path, capsys):
+    pretrain.pretrain_vision(tmp_path, n_scenes=8, steps=2, batch=4, seed=0)
+    assert "step 2/2" in capsys.readouterr().out
+    vision = load_convnext(tmp_path / "tiny-clip.safetensors")
+    assert vision.config == CONVNEXTS["tiny"]
+    pictures = np.stack([make_scene("train", i, 0, 128).image for i in range(2)])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    assert all(0.3 < x.square().mean().sqrt() < 3 for x in vision(images))

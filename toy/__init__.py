@@ -1,0 +1,3 @@
+"""
+The toy world: built-in scenes with texts and masks that need no download.
+"""
