@@ -231,9 +231,8 @@ class Aquila(nn.Module):
     def answer(self, batch, tokenizer, **options):
         """Prompts -> a list of answers. Options as for generate."""
         steps = [ids.tolist() for ids in self.generate(batch, tokenizer.stop_ids, **options)]
-        if not steps:
-            return [""] * len(batch["ids"])
-        return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in zip(*steps)]
+        rows = zip(*steps) if steps else [[]] * len(batch["ids"])
+        return [tokenizer.decode([i for i in row if i >= 0]).strip() for row in rows]
 
 
 class AquilaPlus(Aquila):

@@ -15,8 +15,7 @@ the second, as often as it is named. For scoring a record may have `references` 
   makes and no model can emit. Specials typed in a text (`<|eot_id|>`, `<mask>`) stay plain text.
 - Training and asking go through the same functions, so a prompt is always a prefix of the training ids.
 
-    python data.py check FILE --images DIR      # every problem of every record; exit code 1 if any, 2: wrong usage
-    python data.py check FILE --images DIR --fix OUT         # and the records without one into another file
+    python data.py check FILE --images DIR      # every problem of every record; --fix OUT writes those without one
     python data.py show FILE --images DIR       # what a model reads, the learned tokens marked
 """
 import pathlib
@@ -191,10 +190,8 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 def mentions(turns, masks):
     """The mask (0 is the first) that each `<region>` of the user's turns means, in order; each must have its mask."""
     numbers = [n for role, text in turns if role == "user" for n in re.findall(r"<region(\d*)>", text)]
-    if all(numbers):
-        found = [int(n) - 1 for n in numbers]
-    else:                                   # a plain <region> is the next in order
-        found = list(range(len(numbers)))
+    # A plain <region> is the next in order.
+    found = [int(n) - 1 for n in numbers] if all(numbers) else list(range(len(numbers)))
     mixed = any(numbers) and not all(numbers)
     if mixed or sorted(set(found)) != list(range(masks)):
         raise ValueError(f"{masks} mask(s) but the human turns name {['<region' + n + '>' for n in numbers][:8]}; "

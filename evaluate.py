@@ -3,7 +3,6 @@ Asks a trained model: a benchmark or a file of records (predict, then score), or
 
     python evaluate.py --model runs/tiny/stage2 --scenes 200 --compare            # built-in scenes nobody trained on
     python evaluate.py --model runs/tiny/stage2 --benchmark rsicd --root DIR --out pred.jsonl
-    python evaluate.py --model runs/tiny/stage2 --benchmark all --root DIR        # DIR/rsicd, DIR/sydney, ...
     python evaluate.py --benchmark rsicd --root DIR --split val --sanity          # what no model need be asked for
     python evaluate.py --model runs/tiny/stage2 --data val.jsonl --images DIR --out pred.jsonl
     python evaluate.py --score pred.jsonl                                         # no model: anybody's predictions
@@ -99,75 +98,66 @@ def ask(model, tokenizer, args):
 
 def place(name):
     """A file of the command line, which may lie anywhere, or a built-in scene."""
-    if name.startswith("scene:"):
-        return name
-    if not os.path.isfile(name):
+    if not name.startswith("scene:") and not os.path.isfile(name):
         raise FileNotFoundError(f"{name} is not there; expected the file of an image or a mask")
-    return os.path.abspath(name)
+    return name if name.startswith("scene:") else os.path.abspath(name)
 
 
 # ---------------------------------------------------------------------------------------------- command
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="folder that train.py wrote")
-    p.add_argument("--vision", help="the frozen ConvNeXt's file, if it is no longer where it was in training")
-    p.add_argument("--llm", help="the frozen Llama's folder, if it is no longer where it was in training")
-    what = p.add_argument_group("what to ask (one of these)")
-    what.add_argument("--scenes", type=int, help="captions and questions of this many built-in scenes")
-    what.add_argument("--benchmark", help=f"one of {', '.join(BENCHMARKS)}, or all; needs --root")
-    what.add_argument("--data", help=".jsonl or .json file of records")
-    what.add_argument("--score", help="score this file of predictions; no model is needed; with --benchmark NAME the "
-                                      "paper's rows are printed, too")
-    what.add_argument("--image", help="image file for --ask, or a built-in scene as in scene:test/0/3/128")
-    p.add_argument("--limit", type=int, help="at most this many records, of each benchmark")
-    p.add_argument("--out", help="write the predictions to this .jsonl file; with all, the benchmark's name is added")
-    p.add_argument("--images", default=".", help="folder that the image paths of --data start from (default: here)")
-    p.add_argument("--tasks", help="--scenes: what is asked (default caption,vqa, and region if the model reads masks)")
-    p.add_argument("--captions", action="store_true",
-                   help="--score: every answer is a caption, not a question (FIT-RSFG's caption files do not say so)")
-    p.add_argument("--metrics", type=lambda text: text.lower().split(","), metavar="NAMES",
-                   help="of captions (default bleu,rouge-l,cider); figures are percent, CIDEr goes up to 1000")
-    p.add_argument("--blind", action="store_true", help="show the model a gray image instead")
-    p.add_argument("--no-mda", action="store_true", help="switch MDA off, to see what it does")
-    p.add_argument("--compare", action="store_true",
-                   help="print --blind, --no-mda and the best constant answers beside the model")
-    p.add_argument("--batch", type=int, default=32, help="prompts at once (default 32)")
-    p.add_argument("--workers", type=int, default=0, help="data processes (default 0)")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (default 256)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                   help="of all weights (default float32)")
-    p.add_argument("--compile", action="store_true",
-                   help="compile the decoding of the answer: some 10 s once, then more tokens a second; needs a C++ "
-                        "compiler on a CPU")
-    add_benchmark_flags(p.add_argument_group("with --benchmark"))
-    add_ask_flags(p.add_argument_group("with --image"))
+    add = p.add_argument
+    add("--model", help="folder that train.py wrote")
+    add("--vision", help="the frozen ConvNeXt's file, if it is no longer where it was in training")
+    add("--llm", help="the frozen Llama's folder, if it is no longer where it was in training")
+    add("--out", help="write the predictions to this .jsonl file; with all, the benchmark's name is added")
+    add("--limit", type=int, help="at most this many records, of each benchmark")
+    add("--images", default=".", help="folder that the image paths of --data start from (default: here)")
+    add("--tasks", help="--scenes: what is asked (default caption,vqa, and region if the model reads masks)")
+    add("--captions", action="store_true",
+        help="--score: every answer is a caption, not a question (FIT-RSFG's caption files do not say so)")
+    add("--metrics", type=lambda text: text.lower().split(","), metavar="NAMES",
+        help="of captions (default bleu,rouge-l,cider); figures are percent, CIDEr goes up to 1000")
+    add("--blind", action="store_true", help="show the model a gray image instead")
+    add("--no-mda", action="store_true", help="switch MDA off, to see what it does")
+    add("--compare", action="store_true", help="print --blind, --no-mda and the best constant answers beside the model")
+    add("--batch", type=int, default=32, help="prompts at once (default 32)")
+    add("--workers", type=int, default=0, help="data processes (default 0)")
+    add("--max-new-tokens", type=int, default=256, help="length of an answer at most (default 256)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all weights (default float32)")
+    add("--compile", action="store_true", help="compile the decoding of the answer: some 10 s once, then more tokens a "
+        "second; needs a C++ compiler on a CPU")
+    add = p.add_argument_group("what to ask (one of these)").add_argument
+    add("--scenes", type=int, help="captions and questions of this many built-in scenes")
+    add("--benchmark", help=f"one of {', '.join(BENCHMARKS)}, or all; needs --root")
+    add("--data", help=".jsonl or .json file of records")
+    add("--score", help="score this file of predictions; no model is needed; with --benchmark NAME beside the paper's")
+    add("--image", help="image file for --ask, or a built-in scene as in scene:test/0/3/128")
+    add_benchmark_flags(p.add_argument_group("with --benchmark").add_argument)
+    add_ask_flags(p.add_argument_group("with --image").add_argument)
     return p, p.parse_args()
 
 
-def add_benchmark_flags(p):
-    p.add_argument("--root", help="folder of the benchmark, as published; of all: holds a folder for each by its name")
-    p.add_argument("--split", help="split of the benchmark (default: that of the paper's Table 1) or of the scenes "
-                                   "(default test). RSVQA-HR: test_phili is its second test set, a city unseen in "
-                                   "training, on which GeoChat and others report")
-    p.add_argument("--sanity", action="store_true",
-                   help="no model, only the answers that need none (otherwise printed beside the model)")
-    p.add_argument("--leave-out", default="", metavar="TYPES",
-                   help="question types not to ask, as count,area, which GeoChat and LHRS-Bot leave out of RSVQA "
-                        "(default: none, the paper averages over all questions)")
-    p.add_argument("--raw-answers", action="store_true",
-                   help="RSVQA: ask for counts and areas as written, \"37\" or \"512m2\" (default: in the classes that "
-                        "its authors score, \"between 10 and 100\"; in HR only areas have classes)")
+def add_benchmark_flags(add):
+    add("--root", help="folder of the benchmark, as published; of all: holds a folder for each by its name")
+    add("--split", help="of the benchmark (default: the paper's Table 1) or of the scenes (default test). RSVQA-HR: "
+        "test_phili is its second test set, a city unseen in training, on which GeoChat and others report")
+    add("--sanity", action="store_true",
+        help="no model, only the answers that need none (otherwise printed beside the model)")
+    add("--leave-out", default="", metavar="TYPES", help="question types not to ask, as count,area, which GeoChat and "
+        "LHRS-Bot leave out of RSVQA (default: none, the paper averages over all questions)")
+    add("--raw-answers", action="store_true", help="RSVQA: ask for counts and areas as written, \"37\" or \"512m2\" "
+        "(default: in the classes that its authors score, \"between 10 and 100\"; in HR only areas have classes)")
 
 
-def add_ask_flags(p):
-    p.add_argument("--ask", help="question about the image; the answer is printed as it is made")
-    p.add_argument("--mask", action="append",
-                   help="mask file of a <region> in the question; once for each, in their order")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token, more draws (default 0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default 1)")
-    p.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    p.add_argument("--timings", action="store_true", help="print seconds for loading, vision, prefill and a token")
+def add_ask_flags(add):
+    add("--ask", help="question about the image; the answer is printed as it is made")
+    add("--mask", action="append", help="mask file of a <region> in the question; once for each, in their order")
+    add("--temperature", type=float, default=0.0, help="0 takes the best token, more draws (default 0)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default 1)")
+    add("--seed", type=int, default=0, help="of the draws (default 0)")
+    add("--timings", action="store_true", help="print seconds for loading, vision, prefill and a token")
 
 
 def check_args(args):
@@ -190,12 +180,6 @@ def check_args(args):
                          "install one or leave --compile out")
     if args.metrics:
         check_metrics(args.metrics)
-
-
-def checked(records):
-    for record in records:
-        check_form(record)
-    return records
 
 
 def scene_records(args, config):
@@ -257,7 +241,8 @@ def run(args):
         return score_file(args)
     jobs = benchmark_jobs(args) if args.benchmark else {}                          # mistakes before the model loads
     for _, records, _ in jobs.values():
-        checked(records)
+        for record in records:
+            check_form(record)
     if args.sanity:
         return run_benchmarks(None, None, jobs, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -277,7 +262,7 @@ def run(args):
     else:
         records = read_records(args.data) if args.data else scene_records(args, model.config)
         root = args.images if args.data else "."
-        print_table(answer_columns(model, tokenizer, checked(records[:args.limit]), root, args, args.out))
+        print_table(answer_columns(model, tokenizer, records[:args.limit], root, args, args.out))
 
 
 def main():

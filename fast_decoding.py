@@ -1,17 +1,15 @@
 """
 Decoding, faster: the step that `llama.plain_decode` takes, computed in another way for speed alone.
 
-    generate(model, x, ..., decode=decoder(model, x))
+    generate(model, x, ..., decode=decoder(model, x))        # without decode=... the answers are the same
 
-Without `decode=...` no answer changes (tests/method/test_llama.py): this file could be deleted. One more token reads
-every weight once and does little with it, so on a CPU it is the cost of each call that counts:
+This file could be deleted. One more token reads every weight once and does little with it, so on a CPU it is the cost
+of each call that counts (`python -m checks.bench_peers decode DIR`):
 - one row runs as a bare vector (D,), through the matrix-vector product, and its norms in half the operations;
 - without oneDNN, whose call costs more than it saves for one vector;
 - compile_decoding joins the operations of a layer into few; one compiled layer serves them all.
-
-Measured by `python -m checks.bench_peers decode DIR`.
 """
-from contextlib import contextmanager
+import contextlib
 from functools import partial
 
 import torch
@@ -24,12 +22,8 @@ from lora import LoRALinear
 def decoder(model, x):
     """The fastest way to take the step plain_decode(model, ids, cache) after the prompts x (B, T, D)."""
     compiled_layer, lone = getattr(model, "compiled_layer", None), len(x) == 1 and x.is_cpu
-    if not isinstance(model, Llama):
-        return plain_decode
-    if compiled_layer is not None:
-        return partial(decode, layer_step=compiled_layer, lone=lone, fixed_shapes=True)
-    if lone:
-        return partial(decode, layer_step=run_layer, lone=lone, fixed_shapes=False)
+    if isinstance(model, Llama) and (lone or compiled_layer is not None):
+        return partial(decode, compiled_layer=compiled_layer, lone=lone)
     return plain_decode
 
 
@@ -38,18 +32,19 @@ def compile_decoding(model, backend="inductor"):
     model.compiled_layer = torch.compile(run_layer, backend=backend)
 
 
-def decode(model, ids, cache, layer_step, lone, fixed_shapes):
-    """ids (B,) -> logits (B, vocab). fixed_shapes: all keys at every step, those to come masked, so one graph does."""
+def decode(model, ids, cache, compiled_layer, lone):
+    """ids (B,) -> logits (B, vocab)."""
     positions = cache.next_positions(1)                                            # (B, 1)
     rope = rotary(model.config, positions, model.embed.weight.dtype)
     keys, mask = cache.filled + 1, None
-    if fixed_shapes:
+    if compiled_layer is not None:          # fixed shapes, so one graph: all keys at every step, those to come masked
         keys = cache.k.shape[3]
         mask = (torch.arange(keys, device=ids.device) <= positions[..., None])[:, None]          # (B, 1, 1, keys)
     x = model.embed(ids[0] if lone else ids)                                       # (D,) or (B, D)
-    with onednn(not lone):
+    step = compiled_layer or run_layer
+    with torch.backends.mkldnn.flags(enabled=False) if lone else contextlib.nullcontext():
         for i, layer in enumerate(model.layers):
-            x = layer_step(layer, x, rope, mask, positions, cache.k[i, :, :, :keys], cache.v[i, :, :, :keys])
+            x = step(layer, x, rope, mask, positions, cache.k[i, :, :, :keys], cache.v[i, :, :, :keys])
         cache.advance(1)
         return multiply(model.output_weight(), norm(model.norm, x)).view(len(ids), -1)
 
@@ -90,14 +85,3 @@ def norm(m, x):
         return m(x)
     square = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2
     return x * (square / len(x) + m.eps) ** -0.5 * m.weight.to(x.dtype)
-
-
-@contextmanager
-def onednn(wanted):
-    """oneDNN on or off, in the whole process."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = wanted
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before

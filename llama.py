@@ -380,16 +380,15 @@ def hf_config(folder):
     wrong += [f"rope_scaling of type {kind!r}"] if kind not in ("default", "llama3") else []
     if wrong:
         raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only models of Llama's architecture are read")
-    rope_scaling = None
-    if kind == "llama3":
-        rope_scaling = RopeScaling(scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"],
-                                   scaling["original_max_position_embeddings"])
+    stretched = kind == "llama3" and RopeScaling(scaling["factor"], scaling["low_freq_factor"],
+                                                 scaling["high_freq_factor"],
+                                                 scaling["original_max_position_embeddings"])
     return LlamaConfig(
         dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
         n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], ffn_dim=c["intermediate_size"],
         vocab_size=c["vocab_size"], rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0),
         norm_eps=c.get("rms_norm_eps", 1e-6), head_dim=c.get("head_dim") or 0, tied=bool(c.get("tie_word_embeddings")),
-        max_len=c.get("max_position_embeddings", 2048), rope_scaling=rope_scaling)
+        max_len=c.get("max_position_embeddings", 2048), rope_scaling=stretched or None)
 
 
 def hf_files(folder):

@@ -5,11 +5,10 @@ The mask-aware extractor of Aquila-plus (arXiv 2411.06142): a region, given as a
                     summed, and a linear layer to the LM's width
     spatial token   where it lies and how it is shaped: the mask itself, 224 x 224, through a small MLP
 
-The paper's text is not public in full; the two tokens and the sizes are those of its summary and of Osprey (Yuan et
-al. 2023), which it extends. One thing differs on purpose. Osprey brings a mask to a map's size by bilinear
-interpolation and `> 0`. A ship of 8 x 8 pixels then covers no cell at all at stride 32, and its feature there is zero.
-Here a cell counts by the area of it that the mask covers, so that no region vanishes; pooling="binary" gives the
-published way.
+The two tokens and the sizes are those of the paper's summary and of Osprey (Yuan et al. 2023), which it extends. One
+thing differs on purpose. Osprey brings a mask to a map's size by bilinear interpolation and `> 0`: a ship of 8 x 8
+pixels then covers no cell at stride 32, and its feature there is zero. Here a cell counts by the area of it that the
+mask covers, so that no region vanishes; pooling="binary" gives the published way.
 """
 import torch
 import torch.nn.functional as F

@@ -105,11 +105,8 @@ class Llama3Tokenizer(BytePairs):
                 *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
 
     def __init__(self, path):
-        ranks = {}
-        for line in pathlib.Path(path).read_bytes().splitlines():
-            if line:
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
+        lines = [line.split() for line in pathlib.Path(path).read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         super().__init__(self.PATTERN, ranks, range(len(ranks)))
         self.special = {name: len(ranks) + i for i, name in enumerate(self.SPECIALS)}
         self.bos_id = self.special["<|begin_of_text|>"]

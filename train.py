@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, count_parameters, load_config, load_trained,
                     locate_weights, save_model, set_stage)
-from data import Records, collate, image_names, read_records, to_device
+from data import CHATS, Records, collate, image_names, read_records, to_device
 from files.text import path_inside, written_whole
 from pictures.curve import draw_curve
 from tokenizer import IGNORE, load_tokenizer
@@ -134,9 +134,8 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=CL
 def train(run, args, rank, world, device):
     """run: what set_up returns."""
     model, recipe = run.model, run.recipe
-    ddp = model
-    if world > 1:
-        ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    ids = [device.index] if device.type == "cuda" else None
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
     model.train()
     model.vision.eval()
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
@@ -153,7 +152,11 @@ def train(run, args, rank, world, device):
             if (step + 1) % args.save_every == 0 or step + 1 in (run.steps, args.stop_after):
                 save_state(run, step + 1)
     if rank == 0 and log.rows and log.rows[-1]["step"] == run.steps:
-        finish(run, log)
+        save_model(model, run.out)
+        draw_curve([row["loss"] for row in log.rows], run.out / "loss.png")
+        norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
+        print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
+        print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 
 def set_up(args, rank, world, device):
@@ -196,13 +199,11 @@ def together(work, world):
         result = work()
     except (ValueError, FileNotFoundError) as e:
         mistake = str(e)
-    mistakes = [mistake]
+    mistakes = [mistake] * world
     if world > 1:
-        mistakes = [None] * world
         dist.all_gather_object(mistakes, mistake)
-    for mistake in mistakes:
-        if mistake is not None:
-            raise ValueError(mistake)
+    for mistake in filter(None, mistakes):
+        raise ValueError(mistake)
     return result
 
 
@@ -354,16 +355,6 @@ def load_state(run, path):
     return state["step"]
 
 
-def finish(run, log):
-    """The files of a run that has come to its end."""
-    save_model(run.model, run.out)
-    draw_curve([row["loss"] for row in log.rows], run.out / "loss.png")
-    if run.model.mda:                       # they started at zero
-        norms = [f"layer {i} {m.sfi.wo.weight.norm():.2f}" for i, m in run.model.mda.items()]
-        print(f"MDA returns, norm of W_O: {', '.join(norms)}")
-    print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
-
-
 class Log:
     """log.jsonl, a line a step, and the line a person watches."""
 
@@ -375,15 +366,14 @@ class Log:
         self.began = self.last = time.time()
 
     def step(self, step, loss, norm, lr, tokens):
-        seconds = time.time() - self.last
-        self.last = time.time()
-        row = dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens,
-                   seconds=round(seconds, 3))
-        self.rows.append(row)
-        new = [row]
+        now = time.time()
+        seconds, self.last = now - self.last, now
+        self.rows.append(dict(step=step, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens,
+                              seconds=round(seconds, 3)))
+        new = self.rows[-1:]
         if self.file is None:               # not before the first step has worked; a resumed run keeps its lines
             self.file, new = self.path.open("w"), self.rows
-        self.file.writelines(json.dumps(r) + "\n" for r in new)
+        self.file.writelines(json.dumps(row) + "\n" for row in new)
         self.file.flush()
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         line = (f"step {step}/{self.steps} | loss {loss:.4f} | {tokens / seconds:7,.0f} tok/s | "
@@ -401,11 +391,9 @@ def describe_run(run, args, n, world):
     print(f"{args.preset}, stage {args.stage}: trains {parts}; frozen {frozen:,}")
     print(f"{n:,} samples, {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
           f"x {recipe.batch // (recipe.micro * world)} accumulated")
-    lora = ""
-    if recipe.lora:
-        lora = f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout {recipe.lora.dropout:g}"
     print(f"AdamW lr {recipe.lr:g}, betas {BETAS}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:g}, cosine, "
-          f"seed {args.seed}{lora}", flush=True)
+          f"seed {args.seed}" + (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout "
+                                 f"{recipe.lora.dropout:g}" if recipe.lora else ""), flush=True)
     if run.first:
         print(f"resumed after step {run.first} of {run.steps}", flush=True)
 
@@ -414,51 +402,48 @@ def describe_run(run, args, n, world):
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default tiny)")
-    p.add_argument("--stage", type=int, required=True, choices=(1, 2, 3),
-                   help="aquila: 1 aligns, 2 instructs with LoRA; "
-                        "aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
-    p.add_argument("--data", help=".jsonl or .json file of records (default: the built-in scenes)")
-    p.add_argument("--images", default=".", help="folder that image paths start from (default: here)")
-    p.add_argument("--scenes", type=int, help="built-in train scenes, when there is no --data (default: the recipe's)")
-    p.add_argument("--vision", help="ConvNeXt weights: open_clip, timm or original file (default: the preset's)")
-    p.add_argument("--llm", help="Llama folder, Hugging Face or Meta layout (default: the preset's)")
-    p.add_argument("--out", help="folder of the run (default runs/PRESET/stageN)")
-    p.add_argument("--init-from", help="start from the weights of this run (stage 2: default runs/PRESET/stage1)")
-    p.add_argument("--resume", help="'auto': go on with the run in --out if there is one; or the folder of a run")
-    p.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
-    model = p.add_argument_group("model (stage 1 decides, later stages keep it)")
-    model.add_argument("--integration", choices=("sfi", "concat"), help="Table 5: SFI or the Concat baseline")
-    model.add_argument("--mda-layers", help="Table 5: 'none', or LM layers that SFI runs before, for instance 0,4,8")
-    model.add_argument("--pooling", choices=("area", "binary"), help="aquila-plus: how masks weigh features")
-    model.add_argument("--image-size", type=int, help="side in pixels, a multiple of 32")
-    model.add_argument("--fit", choices=("resize", "letterbox"), help="how an image becomes square")
-    model.add_argument("--chat", choices=("llama-3", "vicuna", "chatml"), help="chat format")
-    model.add_argument("--max-len", type=int, help="tokens of a prompt with its answer, image tokens included")
-    recipe = p.add_argument_group("recipe (defaults: the preset's, printed at the start)")
-    recipe.add_argument("--lr", type=float, help="peak learning rate")
-    recipe.add_argument("--decay", type=float, help="weight decay")
-    recipe.add_argument("--warmup", type=float, help="share of the steps that the learning rate rises")
-    recipe.add_argument("--epochs", type=float, help="passes over the data")
-    recipe.add_argument("--batch", type=int, help="global batch: samples of one optimizer step")
-    recipe.add_argument("--micro", type=int,
-                        help="samples a process takes at once; batch / (micro x processes) accumulate")
-    recipe.add_argument("--lora-rank", type=int, help="last stage")
-    recipe.add_argument("--lora-alpha", type=float, help="last stage")
-    recipe.add_argument("--lora-dropout", type=float, help="last stage")
-    recipe.add_argument("--full-llm", action="store_true",
-                        help="aquila-plus, stage 3: the LM's own weights learn, instead of LoRA")
-    p.add_argument("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
-    p.add_argument("--stop-after", type=int,
-                   help="end the process after this step, the schedule unchanged; then --resume")
-    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
-    p.add_argument("--seed", type=int, default=0, help="default 0")
-    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() // 4),
-                   help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of frozen weights and of autocast (default: bfloat16 on GPU)")
-    p.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
-                   help="recompute LM layers in the backward pass: less memory, more time")
+    add = p.add_argument
+    add("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default tiny)")
+    add("--stage", type=int, required=True, choices=(1, 2, 3), help="aquila: 1 aligns, 2 instructs with LoRA; "
+        "aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
+    add("--data", help=".jsonl or .json file of records (default: the built-in scenes)")
+    add("--images", default=".", help="folder that image paths start from (default: here)")
+    add("--scenes", type=int, help="built-in train scenes, when there is no --data (default: the recipe's)")
+    add("--vision", help="ConvNeXt weights: open_clip, timm or original file (default: the preset's)")
+    add("--llm", help="Llama folder, Hugging Face or Meta layout (default: the preset's)")
+    add("--out", help="folder of the run (default runs/PRESET/stageN)")
+    add("--init-from", help="start from the weights of this run (stage 2: default runs/PRESET/stage1)")
+    add("--resume", help="'auto': go on with the run in --out if there is one; or the folder of a run")
+    add("--overwrite", action="store_true", help="start anew although --out holds a run")
+    add("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
+    add("--stop-after", type=int, help="end the process after this step, the schedule unchanged; then --resume")
+    add("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--workers", type=int, default=min(4, os.cpu_count() // 4),
+        help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of frozen weights and of autocast (default: bfloat16 on GPU)")
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute LM layers in the backward pass: less memory, more time")
+    add = p.add_argument_group("model (stage 1 decides, later stages keep it)").add_argument
+    add("--integration", choices=("sfi", "concat"), help="Table 5: SFI or the Concat baseline")
+    add("--mda-layers", help="Table 5: 'none', or LM layers that SFI runs before, for instance 0,4,8")
+    add("--pooling", choices=("area", "binary"), help="aquila-plus: how masks weigh features")
+    add("--image-size", type=int, help="side in pixels, a multiple of 32")
+    add("--fit", choices=("resize", "letterbox"), help="how an image becomes square")
+    add("--chat", choices=tuple(CHATS), help="chat format")
+    add("--max-len", type=int, help="tokens of a prompt with its answer, image tokens included")
+    add = p.add_argument_group("recipe (defaults: the preset's, printed at the start)").add_argument
+    add("--lr", type=float, help="peak learning rate")
+    add("--decay", type=float, help="weight decay")
+    add("--warmup", type=float, help="share of the steps that the learning rate rises")
+    add("--epochs", type=float, help="passes over the data")
+    add("--batch", type=int, help="global batch: samples of one optimizer step")
+    add("--micro", type=int, help="samples a process takes at once; batch / (micro x processes) accumulate")
+    add("--lora-rank", type=int, help="last stage")
+    add("--lora-alpha", type=float, help="last stage")
+    add("--lora-dropout", type=float, help="last stage")
+    add("--full-llm", action="store_true", help="aquila-plus, stage 3: the LM's own weights learn, instead of LoRA")
     return p, p.parse_args()
 
 
@@ -476,9 +461,7 @@ def resolve(args):
         raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {stages}")
     recipe = resolve_recipe(args, RECIPES[args.preset][args.stage])
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
-    start = args.init_from
-    if start is None and args.stage > 1:
-        start = f"runs/{args.preset}/stage{args.stage - 1}"
+    start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
         raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; "
                          f"run --stage {args.stage - 1} first, or give --init-from")

@@ -1,3 +1,0 @@
-"""
-What the commands of data.py (check, show) and aquila.py (--preset, --export) run.
-"""

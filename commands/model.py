@@ -1,9 +1,8 @@
 """
-What flows where in a preset, and the LM of a trained stage for other programs. Run as
+What flows where in a preset, and the LM of a trained stage for other programs.
 
     python aquila.py --preset aquila-8b
-    python aquila.py --model runs/tiny/stage2 --export DIR
-    python aquila.py --llm LLAMA --adapter PEFT --export DIR
+    python aquila.py --model runs/tiny/stage2 --export DIR, or --llm LLAMA --adapter PEFT --export DIR
 """
 import argparse
 import dataclasses
@@ -31,8 +30,7 @@ def describe(config):
     lines += [f"windows of scale {s}   {tuple(x.shape)}" for s, x in enumerate(pyramid)]
     lines += [f"image tokens         {tuple(image_tokens.shape)}",
               f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
-    if config.region_dim:
-        lines.append(f"region tokens        2 of {config.llm.dim} a <region>")
+    lines += [f"region tokens        2 of {config.llm.dim} a <region>"] * bool(config.region_dim)
     for part, n in count_parameters(model.named_parameters()).items():
         stages = [stage for stage in TRAINS[config.family] if part in trained_parts(config, stage)]
         lines.append(f"{part:9} {n:14,} parameters" + "".join(f", stage {stage} trains it" for stage in stages))
@@ -67,13 +65,13 @@ def run(args):
 def main():
     parser = argparse.ArgumentParser(prog="aquila.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="what to describe (default tiny)")
-    parser.add_argument("--export", type=pathlib.Path, metavar="DIR",
-                        help="write DIR/llm, the LM with its LoRA merged, as a Hugging Face folder in bfloat16, and "
-                             "DIR/adapter, the LoRA alone, as PEFT's files")
-    parser.add_argument("--model", help="--export: folder that train.py wrote")
-    parser.add_argument("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
-    parser.add_argument("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
+    add = parser.add_argument
+    add("--preset", default="tiny", choices=PRESETS, help="what to describe (default tiny)")
+    add("--export", type=pathlib.Path, metavar="DIR", help="write DIR/llm, the LM with its LoRA merged, as a Hugging "
+        "Face folder in bfloat16, and DIR/adapter, the LoRA alone, as PEFT's files")
+    add("--model", help="--export: folder that train.py wrote")
+    add("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
+    add("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
     args = parser.parse_args()
     try:
         run(args)

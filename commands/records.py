@@ -129,10 +129,9 @@ def main():
     add("--chat", default="llama-3", choices=CHATS, help="chat format (default llama-3)")
     add("--max-len", type=int, default=1024, help="check: tokens of prompt, images and answer, at most (default 1024)")
     add("--image-size", type=int, default=128, help="image side in pixels (default 128)")
-    add("--fit", default="resize", choices=("resize", "letterbox"), help="show: how images are fitted")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
-    config = argparse.Namespace(**vars(args), tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
+    config = argparse.Namespace(**vars(args), fit="resize", tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
     try:
         if args.command == "check":
             sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)

@@ -6,8 +6,7 @@ Published data sets -> our records, LLaVA's form, one JSON object a line (Aquila
     python -m corpora coco-masks --root COCO --file instances.json --out regions.jsonl
 
 Captions: in train one line a caption, in val and test one line an image with all its captions in `references`.
-Questions: one line each with their `type`. Regions: `masks` has one entry a region; `<region2>` means masks[1], a plain
-`<region>` the next one in order. No image is opened: `python data.py check` does that.
+Questions: one line each with their `type`. No image is opened: `python data.py check` does that.
 """
 import argparse
 from collections import Counter

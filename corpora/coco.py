@@ -124,8 +124,6 @@ def read_pictures(path):
     return list(pictures.values()), sorted(set(names.values()))
 
 
-# ---------------------------------------------------------------------------------------------- what is asked
-
 def picture_records(corpus, split, picture, survey):
     for n in range(min(corpus.per_image, PER_REGION * len(picture.regions))):
         kind, question = next_question(picture, survey)
@@ -204,8 +202,6 @@ def absent_classes(picture, here, sampling, survey):
         names.sort(key=lambda name: -sum(survey.seen[name, other] for other in picture.present))
     return names
 
-
-# ---------------------------------------------------------------------------------------------- its words
 
 def caption(picture, region):
     return f"This is {with_article(region.name)} at the {place_in_ninths(picture, region)} of the image."

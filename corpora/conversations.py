@@ -39,9 +39,9 @@ def read_osprey(corpus, root, split):
     Training rows: {"file_name", "annotation": [{"segmentation"}], "conversations" or "description"}. Rows of its
     evaluation: {"image", "annotation": {"segmentation"}, "text"}, without answers, so that these are "unknown" here.
 
-    Only regions that the text mentions are kept, and numbered anew without holes. In questions `<region2>` is a slot.
-    Answers name a region by its number, which a slot does not show: in such a row, as in Osprey's own prompt, the first
-    question begins with a list of names and slots, and the rest of the text has the names only.
+    Only regions that the text mentions are kept, and numbered anew. In questions `<region2>` is a slot. Answers name a
+    region by its number, which a slot does not show: in such a row, as in Osprey's own prompt, the first question
+    begins with a list of names and slots, and the rest of the text has the names only.
     """
     for where, record_id, row in published_rows(corpus, root, split):
         annotations = get(row, "annotation", (list, dict), where)

@@ -29,8 +29,6 @@ def path_inside(name, root, what):
     return path
 
 
-# ---------------------------------------------------------------------------------------------- JSON, and writing
-
 def read_text(path):
     path = pathlib.Path(path)
     if not path.is_file():

@@ -1,3 +1,0 @@
-"""
-Pixels in and out: image and mask files as arrays; pictures of predictions and of the loss.
-"""

@@ -1,7 +1,5 @@
 """
-Predictions as one HTML page to look through.
-
-    python -m pictures.gallery pred.jsonl --out gallery.html --images DIR
+Predictions as one HTML page: python -m pictures.gallery pred.jsonl --out gallery.html --images DIR
 
 A caption is neither right nor wrong; under "worst first" its own BLEU-1 places it among the questions. The masks of a
 row lie on its first image, each in its color and with its number, <region1> first.

@@ -121,10 +121,7 @@ def sanity_rows(rows, benchmark, root):
 
 
 def print_sanity(names):
-    print(f"\n{SANITY}")
-    for name in names:
-        if name in CONSTANT:
-            print(f"- constant: \"{CONSTANT[name]}\"")
+    print(f"\n{SANITY}", *(f"- constant: \"{CONSTANT[name]}\"" for name in names if name in CONSTANT), sep="\n")
 
 
 def print_published(results, everything=False):

@@ -12,7 +12,6 @@ from collections import Counter
 from functools import cache
 
 SMALL, TINY = 1e-9, 1e-15                   # pycocoevalcap's guards against 0 / 0 in BLEU; seen on very short answers
-
 PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
 CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ll|ve|m|d))\b")
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -27,7 +26,6 @@ TOKEN = re.compile(r"""
 def tokenize(text):
     """
     Lower-case words as pycocoevalcap's PTBTokenizer gives them, without its punctuation list; a list is tokens already.
-
     "building's" gives "building", "'s"; "don't" gives "do", "n't"; a bracket becomes "-lrb-" and stays, because the
     published tokenizer lower-cases before it looks for "-LRB-". Not imitated: abbreviations ("U.S." keeps its last
     period there), runs like "?!" (kept there), signs and leading points of numbers, addresses, hash tags, "gonna".
@@ -55,8 +53,6 @@ def paired(predictions, references):
 def ngrams(tokens, n):
     return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
 
-
-# ---------------------------------------------------------------------------------------------- captions
 
 def largest_counts(answers, n):
     """For every n-gram its largest count in one of the references, to which BLEU clips."""
@@ -126,9 +122,7 @@ def rouge_l(predictions, references, beta=1.2):
 def cider(predictions, references, sigma=6.0):
     """
     Mean over images of 10 / 4 * sum over n = 1..4 of the mean over references of
-
         exp(-(l_p - l_r)^2 / (2 sigma^2)) * sum of min(g_p, g_r) * g_r over n-grams / (|g_p| |g_r|)
-
     with l the number of words, g = count in the text * log(images / max(1, images with the n-gram in a reference)).
     This is what pycocoevalcap calls CIDEr; the min and the length term are CIDEr-D's.
     """
@@ -204,8 +198,6 @@ def best_constant(references, candidates):
     best = max(candidates, key=score)
     return best, score(best)
 
-
-# ---------------------------------------------------------------------------------------------- answers
 
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), "0 1 2 3 4 5 6 7 8 9 10".split()))
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import fast_decoding
 import llama
-from fast_decoding import compile_decoding, decode, decoder, multiply, onednn, run_layer
+from fast_decoding import compile_decoding, decode, decoder, multiply, run_layer
 from llama import KVCache, Llama, LlamaConfig, RMSNorm, RopeScaling, generate, load_llama, plain_decode, save_llama
 from lora import apply_lora
 
@@ -321,7 +321,7 @@ def test_one_fast_step_equals_a_plain_one(dtype, near, lengths, lone, fixed_shap
         model(ids[:rows, :5], cache=caches[-1])
         caches[-1].set_lengths(torch.tensor(lengths))
     for step in (5, 6):
-        ours = decode(model, ids[:rows, step], caches[0], run_layer, lone, fixed_shapes)
+        ours = decode(model, ids[:rows, step], caches[0], run_layer if fixed_shapes else None, lone)
         theirs = plain_decode(model, ids[:rows, step], caches[1])
         assert ours.shape == (rows, 50) and ours.dtype == dtype
         if dtype == torch.float32:
@@ -337,17 +337,22 @@ def test_bfloat16_decodes_near_float32(wanted):
     """A bare vector takes other products than a batch: all must round once, from a float32 sum."""
     x, w = torch.randn(512, dtype=torch.bfloat16), torch.randn(300, 512, dtype=torch.bfloat16)
     exact = F.linear(x.double(), w.double())
-    with onednn(wanted):
-        assert torch.backends.mkldnn.enabled == wanted
+    with torch.backends.mkldnn.flags(enabled=wanted):
         assert difference(multiply(w, x).double(), exact) < 2 ** -8
-    assert torch.backends.mkldnn.enabled
 
 
 @torch.no_grad()
-def test_onednn_is_back_after_an_error():
-    with pytest.raises(KeyError), onednn(False):
+def test_onednn_is_off_for_one_row_and_back_after_an_error():
+    model, seen = random_llama(), []
+
+    def layer(*_):
+        seen.append(torch.backends.mkldnn.enabled)
         raise KeyError
-    assert torch.backends.mkldnn.enabled
+
+    for ids, lone in ((torch.tensor([1]), True), (torch.tensor([1, 2]), False)):
+        with pytest.raises(KeyError):
+            decode(model, ids, KVCache(model.config, len(ids), 4, torch.float32, "cpu"), layer, lone)
+    assert seen == [False, True] and torch.backends.mkldnn.enabled
 
 
 def test_the_norm_of_a_bare_vector():
