@@ -9,7 +9,6 @@ of each call that counts (`python -m checks.bench_peers decode DIR`):
 - without oneDNN, whose call costs more than it saves for one vector;
 - compile_decoding joins the operations of a layer into few; one compiled layer serves them all.
 """
-import contextlib
 from functools import partial
 
 import torch
@@ -41,12 +40,15 @@ def decode(model, ids, cache, compiled_layer, lone):
         keys = cache.k.shape[3]
         mask = (torch.arange(keys, device=ids.device) <= positions[..., None])[:, None]          # (B, 1, 1, keys)
     x = model.embed(ids[0] if lone else ids)                                       # (D,) or (B, D)
-    step = compiled_layer or run_layer
-    with torch.backends.mkldnn.flags(enabled=False) if lone else contextlib.nullcontext():
+    step, wanted = compiled_layer or run_layer, torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = wanted and not lone
         for i, layer in enumerate(model.layers):
             x = step(layer, x, rope, mask, positions, cache.k[i, :, :, :keys], cache.v[i, :, :, :keys])
         cache.advance(1)
         return multiply(model.output_weight(), norm(model.norm, x)).view(len(ids), -1)
+    finally:
+        torch.backends.mkldnn.enabled = wanted
 
 
 def run_layer(layer, x, rope, mask, positions, keys, values):
