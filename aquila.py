@@ -5,8 +5,8 @@ Aquila: image -> ConvNeXt pyramid -> SFI -> image tokens -> Llama, with SFI agai
     python aquila.py --preset aquila-8b                     # what flows where: shapes, parameters, stages
     python aquila.py --model runs/tiny/stage2 --export DIR  # its LM for other programs (PEFT, transformers)
 
-Read next: sfi.py (the method), convnext.py, llama.py, train.py. Guesses where the paper is silent: grep ASSUMPTION.
-Shapes, the same in every file: B batch, T sequence, D LM width, C SFI width, L side of the query grid, N image tokens
+Read sfi.py (the method) before, and llama.py and train.py next. Guesses where the paper is silent: grep ASSUMPTION.
+Shapes: B batch, T sequence, D LM width, C SFI width, L side of the query grid, N image tokens
 of an image, k window side at a scale, (c, H, W) a feature map, nh/nkv/hd heads.
 """
 import dataclasses
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convnext import CONVNEXTS, STRIDES, ConvNeXt, ConvNeXtConfig, load_convnext
-from fast_decoding import decoder
+from fast_decoding import fastest_step
 from files.text import read_json, write_json
 from files.weights import fill, open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, generate, load_llama
@@ -54,11 +54,11 @@ class AquilaConfig:
     heads: int = 1                          # of every SFI
     integration: str = "sfi"                # or "concat", the baseline of Table 5
     mda_layers: tuple = tuple(range(0, 32, 4))      # SFI before these LM layers; () is no MDA. ASSUMPTION: every fourth
-    chat: str = "llama-3"
+    chat: str = "llama-3"                   # ASSUMPTION: the Instruct model, so its chat format
     max_len: int = 4096                     # tokens of a prompt and its answer, image tokens included
     region_dim: int = 0                     # width of Aquila-plus's mask extractor; 0: no regions, Aquila
     region_side: int = 224                  # side of the mask that the spatial token reads
-    pooling: str = "area"                   # of features under a mask, or "binary", the published way
+    pooling: str = "area"                   # of cells under a mask, also of the spatial one; or "binary", Osprey's way
     lora: LoRAConfig | None = None
     full_llm: bool = False                  # the LM's own weights were trained, too, and are in the checkpoint
     vision_file: str | None = None          # where the frozen parts lie
@@ -100,7 +100,7 @@ PRESETS["tiny-plus"] = dataclasses.replace(PRESETS["tiny"], chat="vicuna", regio
 # Which parts a stage trains; all else is frozen, the vision encoder always. "pyramid" has the projectors, "tokens" the
 # learned queries and the first SFI, "mda" the SFIs between the LM's layers. Aquila: Sec. 3.5. Aquila-plus: its summary
 # says three stages and lists the first and the last; the one between is Osprey's. In stage 3 the LM learns by LoRA, or
-# with its own weights (full_llm).
+# with its own weights (full_llm). ASSUMPTION: the projectors train in stage 1, too.
 TRAINS = {
     "aquila": {1: ("pyramid", "tokens", "mda"),                                    # align
                2: ("pyramid", "tokens", "mda", "lora")},                           # instruct
@@ -117,6 +117,7 @@ class MDALayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # ASSUMPTION: over the Concat baseline MDA reads its one map again, one cell per query.
         scales = len(config.vision.dims) if config.integration == "sfi" else 1
         # ASSUMPTION: the paper is silent about norm and return. The query is RMS-normed; the way back starts at zero,
         # so that training begins with the untouched LM; every MDA layer has its own weights.
@@ -149,14 +150,14 @@ class Aquila(nn.Module):
         if config.lora:
             apply_lora(self.llm, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
 
-    def trained(self):
+    def own_parameters(self):
         """{name: parameter} of what was trained here, not read from the published files: what a checkpoint holds."""
         published = ("vision",) if self.config.full_llm else ("vision", "llm")
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
     def checksums(self):
         """{frozen part: checksum of 64 values of each tensor, as bfloat16}: the same for every layout and dtype."""
-        trained, sums = self.trained(), {}
+        trained, sums = self.own_parameters(), {}
         for name, p in self.named_parameters():
             if name not in trained:
                 some = p.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
@@ -173,7 +174,7 @@ class Aquila(nn.Module):
         pyramid, grid = self.pyramid(maps)
         return pyramid, self.tokens(pyramid, grid)
 
-    def embed_prompt(self, batch):
+    def embed_batch(self, batch):
         """-> the prompt's embeddings (B, T, D), and MDA as the LM's before_layer (None without images)."""
         ids, images = batch["ids"], batch["images"]
         x = self.llm.embed(ids.clamp(min=0))
@@ -208,7 +209,7 @@ class Aquila(nn.Module):
         in:  batch of data.collate: ids (B, T), images (n, 3, H, W) or None, labels (B, T) or none.
         out: (loss summed over the learned tokens, their logits (n, vocab), n); without labels (None, (B, T, vocab), 0).
         """
-        x, mda = self.embed_prompt(batch)
+        x, mda = self.embed_batch(batch)
         if batch.get("labels") is None:
             return None, self.llm(x, before_layer=mda), 0
         target = batch["labels"][:, 1:]                                            # position t predicts token t + 1
@@ -216,17 +217,17 @@ class Aquila(nn.Module):
         at = F.pad(learned, (0, 1))                                                # the last position predicts nothing
         logits = self.llm(x, before_layer=mda, at=at)
         loss = F.cross_entropy(logits.float(), target[learned], reduction="sum")
-        if self.training and (batch["images"] is None or batch.get("masks") is None):
-            # DDP waits for a gradient of every trainable parameter; without image or region some would have none.
+        if self.training:
+            # DDP waits for a gradient of every trainable parameter; a batch without image or region gives some none.
             loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
         return loss, logits, len(logits)
 
     def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
         with torch.inference_mode():
-            x, mda = self.embed_prompt(batch)
+            x, mda = self.embed_batch(batch)
             yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, mda,
-                                generator, decoder(self.llm, x))
+                                generator, fastest_step(self.llm, x))
 
     def answer(self, batch, tokenizer, **options):
         """Prompts -> a list of answers. Options as for generate."""
@@ -269,8 +270,8 @@ def part_of(name):
     return "lora" if ".lora_" in name else name.split(".")[0]
 
 
-def trained_parts(config, stage):
-    """The names in TRAINS; of stage 3's "lora" and "llm" the LM has one."""
+def parts_of_stage(config, stage):
+    """The names in TRAINS; without full_llm the LM learns by LoRA, so "llm" drops out."""
     return set(TRAINS[config.family][stage]) - (set() if config.full_llm else {"llm"})
 
 
@@ -284,7 +285,7 @@ def count_parameters(named):
 
 def set_stage(model, stage):
     """Freeze everything but what the stage trains; return those parameters by name."""
-    parts = trained_parts(model.config, stage)
+    parts = parts_of_stage(model.config, stage)
     for name, p in model.named_parameters():
         p.requires_grad_(part_of(name) in parts)
     model.vision.eval()
@@ -327,25 +328,24 @@ def save_model(model, folder):
     """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", model.trained(), {"frozen": json.dumps(model.checksums())})
+    write_tensors(folder / "model.safetensors", model.own_parameters(), {"frozen": json.dumps(model.checksums())})
     write_json(folder / "config.json", config_to_dict(model.config))
 
 
-def load_trained(model, folder, only_known=False):
+def load_checkpoint(model, folder, only_known=False):
     """
     Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
     (LoRA or the LM, when the stage before did not train it) keeps its start. The frozen parts must be the same.
     """
     path = pathlib.Path(folder, "model.safetensors")
-    file = open_safetensors(path)
-    frozen = json.loads((file.metadata() or {}).get("frozen", "{}"))
+    frozen = json.loads((open_safetensors(path).metadata() or {}).get("frozen", "{}"))
     for part, checksum in model.checksums().items():
         if frozen.get(part, checksum) != checksum:
             now = model.config.vision_file if part == "vision" else model.config.llm_dir
             raise ValueError(f"{path}: was trained on other weights than those of {now}; give with --{part} the "
                              "ones it was trained on, or train again")
     stored, new = open_tensors(path), ("lora", "llm") if only_known else ()
-    wanted = {name: p for name, p in model.trained().items() if name in stored or part_of(name) not in new}
+    wanted = {name: p for name, p in model.own_parameters().items() if name in stored or part_of(name) not in new}
     fill(wanted, stored.items(), path)
 
 
@@ -358,7 +358,7 @@ def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu")
     config = load_config(folder)
     config = dataclasses.replace(config, vision_file=vision or config.vision_file, llm_dir=llm or config.llm_dir)
     model = build(config, dtype, device)
-    load_trained(model, folder)
+    load_checkpoint(model, folder)
     return model.to(dtype).eval()
 
 

@@ -5,7 +5,7 @@ CLIP's final norm, pooling and projection are left out. Parameters carry the nam
 it mirrors, so the loader's map is mostly the identity. What may surprise:
 - maps are channels-last in memory, so the norms and the MLPs (over channels) work on views and nothing is transposed;
 - epsilon is no tensor and so in no file: 1e-5 for XXLarge, 1e-6 for every other size;
-- `load_convnext` fills a model built without memory tensor by tensor, and refuses a file that does not fit exactly.
+- `load_convnext` fills the model one tensor at a time, and refuses a file that does not fit exactly.
 """
 import re
 from collections import Counter, OrderedDict
@@ -72,7 +72,7 @@ class Stage(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """images (B, 3, H, W), normalised, sides multiples of 32 -> four maps (B, c_s, H / stride, W / stride)."""
+    """images (B, 3, H, W), normalized, sides multiples of 32 -> four maps (B, c_s, H / stride, W / stride)."""
 
     def __init__(self, config):
         super().__init__()
@@ -105,19 +105,21 @@ def init_weights(module):
 
 # ---------------------------------------------------------------------------------------------- published weights
 
-# A layout is known by how some name in the file begins; the prefix is cut off, the rest renamed below.
+# A layout is known by how some name in the file begins, in this order; the prefix is cut off, the rest renamed.
 LAYOUTS = {                                 # name: (a name begins with one of these, prefix to cut off)
     "open_clip": (("visual.trunk.",), "visual.trunk."),
     "facebookresearch/ConvNeXt": (("downsample_layers.",), ""),
     "timm": (("stem.", "stages."), ""),
 }
-RENAME = [                                  # facebookresearch/ConvNeXt's names -> timm's, which are ours
-    (r"downsample_layers\.0\.", "stem."),
-    (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-    (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"(.*\.)dwconv\.", r"\1conv_dw."),
-    (r"(.*\.)pwconv(\d)\.", r"\1mlp.fc\2."),
-]
+RENAME = {                                  # layout: (pattern, what it becomes in timm's names, which are ours)
+    "facebookresearch/ConvNeXt": (
+        (r"downsample_layers\.0\.", "stem."),
+        (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"(.*\.)dwconv\.", r"\1conv_dw."),
+        (r"(.*\.)pwconv(\d)\.", r"\1mlp.fc\2."),
+    ),
+}
 LEFT_OUT = {                                # layout: how names begin, as the file has them, that are not loaded
     "open_clip": ("visual.head.", "visual.trunk.head.", "visual.trunk.norm_pre.",                # what follows the maps
                   "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
@@ -157,7 +159,7 @@ def match_names(path, names):
         if ours.startswith(LEFT_OUT[layout]):
             continue
         ours = ours.removeprefix(LAYOUTS[layout][1])
-        for pattern, to in RENAME if layout.startswith("facebook") else ():
+        for pattern, to in RENAME.get(layout, ()):
             ours = re.sub("^" + pattern, to, ours)
         if ours in matched:
             raise ValueError(f"{path}: {matched[ours]} and {name} are both {ours}; keep one of them")

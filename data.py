@@ -140,9 +140,9 @@ def image_names(record):
 
 # ---------------------------------------------------------------------------------------------- prompts
 
-# A chat format turns (role, text) turns into parts: ("special", name), ("text", words) or ("said", what a user said and
-# where slots may stand), each with whether it is learned: the answers, and the special token that ends them. An answer
-# that is None is left open.
+# A chat format yields the parts of (role, text) turns: ("special", name), ("text", words) or ("said", what a user said
+# and where slots may stand), each with whether it is learned: the answers, and the special token that ends them. An
+# answer that is None is left open.
 
 def llama3_chat(turns):                     # github.com/meta-llama/llama3, llama/tokenizer.py, ChatFormat
     yield "special", "<|begin_of_text|>", False
@@ -199,7 +199,7 @@ def mentions(turns, masks):
     return found
 
 
-def count_images(turns, images):
+def check_images(turns, images):
     found = sum(text.count("<image>") for role, text in turns if role == "user")
     if found != images:
         raise ValueError(f"{images} image(s) but {found} <image> in the human turns; the numbers must be equal")
@@ -216,7 +216,7 @@ def encode_turns(turns, tokenizer, chat, images=0, tokens_per_image=0, masks=0):
         raise ValueError(f"chat format {chat!r}: expected one of {', '.join(CHATS)}")
     slots = []                              # patterns of what becomes a slot
     if images:
-        count_images(turns, images)
+        check_images(turns, images)
         slots.append("<image>")
     if masks:
         mentions(turns, masks)

@@ -36,7 +36,6 @@ from toy.scenes import make_records
 
 # ---------------------------------------------------------------------------------------------- predict
 
-
 def row_of(record, prediction):
     """A prediction row: the last turn's question, what was said, what should have been."""
     turns = record["conversations"]
@@ -69,18 +68,18 @@ def predict(model, tokenizer, records, root, args, blind=False, label="model"):
 def ask(model, tokenizer, args):
     """Print the answer to one question about one image, and regions of it if masks are given, as it is made."""
     question = args.ask if "<image>" in args.ask else f"<image>\n{args.ask}"
-    record = {"id": "--ask", "image": place(args.image),
+    record = {"id": "--ask", "image": absolute(args.image),
               "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "(open)"}]}
     if args.mask:
-        record["masks"] = [place(name) for name in args.mask]
+        record["masks"] = [absolute(name) for name in args.mask]
     check_form(record)
-    row = Records([record], pathlib.Path.cwd().anchor, tokenizer, model.config, answer=False)[0]
+    row = Records([record], os.path.abspath(os.sep), tokenizer, model.config, answer=False)[0]   # paths are absolute
     if isinstance(row, ValueError):
         raise row
     batch = to_device(collate([row]), next(model.parameters()).device)
     generator = torch.Generator(batch["ids"].device).manual_seed(args.seed)
     ids, printed, clock = [], "", [time.perf_counter()]                            # clock: start, vision, every token
-    encoded = model.vision.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
+    hook = model.vision.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
     for step in model.generate(batch, tokenizer.stop_ids, args.max_new_tokens, args.temperature, args.top_p, generator):
         ids.append(step.item())
         clock.append(time.perf_counter())
@@ -88,7 +87,7 @@ def ask(model, tokenizer, args):
         print(text[len(printed):], end="", flush=True)
         printed = text
     print()
-    encoded.remove()
+    hook.remove()
     if args.timings and row["images"].numel():
         vision, prefill, *tokens = [b - a for a, b in zip(clock, clock[1:])]
         each = f", {sum(tokens) / len(tokens):.3f} s for each of {len(tokens)} more tokens" if tokens else ""
@@ -96,7 +95,7 @@ def ask(model, tokenizer, args):
               file=sys.stderr)
 
 
-def place(name):
+def absolute(name):
     """A file of the command line, which may lie anywhere, or a built-in scene."""
     if not name.startswith("scene:") and not os.path.isfile(name):
         raise FileNotFoundError(f"{name} is not there; expected the file of an image or a mask")
@@ -269,7 +268,7 @@ def main():
     parser, args = parse_args()
     try:
         run(args)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         parser.exit(2, f"evaluate.py: {e}\n")
 
 

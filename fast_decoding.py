@@ -1,10 +1,10 @@
 """
-Decoding, faster: the step that `llama.plain_decode` takes, computed in another way for speed alone.
+Decoding, faster: the step that `llama.plain_step` takes, computed in another way for speed alone.
 
-    generate(model, x, ..., decode=decoder(model, x))        # without decode=... the answers are the same
+    generate(model, x, ..., next_logits=fastest_step(model, x))
 
-This file could be deleted. One more token reads every weight once and does little with it, so on a CPU it is the cost
-of each call that counts (`python -m checks.bench_peers decode DIR`):
+Nothing here changes an answer: without `next_logits` it is unused. One more token reads every weight once and does
+little with it, so on a CPU it is the cost of each call that counts (`python -m checks.bench_peers decode DIR`):
 - one row runs as a bare vector (D,), through the matrix-vector product, and its norms in half the operations;
 - without oneDNN, whose call costs more than it saves for one vector;
 - compile_decoding joins the operations of a layer into few; one compiled layer serves them all.
@@ -14,16 +14,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from llama import Llama, plain_decode, rotary, rotate
+from llama import Llama, plain_step, rotary, rotate
 from lora import LoRALinear
 
 
-def decoder(model, x):
-    """The fastest way to take the step plain_decode(model, ids, cache) after the prompts x (B, T, D)."""
+def fastest_step(model, x):
+    """The fastest way to take the step plain_step(model, ids, cache) after the prompts x (B, T, D)."""
     compiled_layer, lone = getattr(model, "compiled_layer", None), len(x) == 1 and x.is_cpu
     if isinstance(model, Llama) and (lone or compiled_layer is not None):
-        return partial(decode, compiled_layer=compiled_layer, lone=lone)
-    return plain_decode
+        return partial(fast_step, compiled_layer=compiled_layer, lone=lone)
+    return plain_step
 
 
 def compile_decoding(model, backend="inductor"):
@@ -31,20 +31,20 @@ def compile_decoding(model, backend="inductor"):
     model.compiled_layer = torch.compile(run_layer, backend=backend)
 
 
-def decode(model, ids, cache, compiled_layer, lone):
+def fast_step(model, ids, cache, compiled_layer, lone):
     """ids (B,) -> logits (B, vocab)."""
     positions = cache.next_positions(1)                                            # (B, 1)
     rope = rotary(model.config, positions, model.embed.weight.dtype)
-    keys, mask = cache.filled + 1, None
+    n_keys, mask = cache.filled + 1, None
     if compiled_layer is not None:          # fixed shapes, so one graph: all keys at every step, those to come masked
-        keys = cache.k.shape[3]
-        mask = (torch.arange(keys, device=ids.device) <= positions[..., None])[:, None]          # (B, 1, 1, keys)
+        n_keys = cache.k.shape[3]
+        mask = (torch.arange(n_keys, device=ids.device) <= positions[..., None])[:, None]          # (B, 1, 1, n_keys)
     x = model.embed(ids[0] if lone else ids)                                       # (D,) or (B, D)
     step, wanted = compiled_layer or run_layer, torch.backends.mkldnn.enabled
     try:
         torch.backends.mkldnn.enabled = wanted and not lone
         for i, layer in enumerate(model.layers):
-            x = step(layer, x, rope, mask, positions, cache.k[i, :, :, :keys], cache.v[i, :, :, :keys])
+            x = step(layer, x, rope, mask, positions, cache.k[i, :, :, :n_keys], cache.v[i, :, :, :n_keys])
         cache.advance(1)
         return multiply(model.output_weight(), norm(model.norm, x)).view(len(ids), -1)
     finally:

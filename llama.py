@@ -163,9 +163,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        c = self.config = config
+        self.config = c
         self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
         self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
@@ -216,7 +216,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Not nn.Embedding(): its own random start costs seconds and 60 MB of imports on the meta device.
+        # nn.Embedding() would draw a random start first: seconds, even on the meta device.
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -268,18 +268,18 @@ def next_tokens(logits, temperature, top_p, generator=None):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def plain_decode(model, ids, cache):
+def plain_step(model, ids, cache):
     """One more token of each row: ids (B,) -> logits (B, vocab) of the next."""
     return model(ids[:, None], cache=cache)[:, -1]
 
 
 @torch.inference_mode()
 def generate(model, x, lengths=None, max_new_tokens=256, stop_ids=(), temperature=0.0, top_p=1.0, before_layer=None,
-             generator=None, decode=plain_decode):
+             generator=None, next_logits=plain_step):
     """
     in:  x (B, T, D) embeddings of prompts padded on the right, lengths (B,) their true lengths (default: all T).
          before_layer reaches the prompt only (MDA acts on image positions, and those are all in the prompt).
-         decode: plain_decode, or fast_decoding.decoder(model, x), which gives the same tokens sooner.
+         next_logits: plain_step, or fast_decoding.fastest_step(model, x), which gives the same tokens sooner.
     out: yields a (B,) long tensor a step; -1 for rows that have stopped. The stop token itself is not yielded.
     """
     B, T, _ = x.shape
@@ -297,7 +297,7 @@ def generate(model, x, lengths=None, max_new_tokens=256, stop_ids=(), temperatur
             return
         yield ids.masked_fill(~running, -1)
         if step + 1 < max_new_tokens:
-            logits = decode(model, ids, cache)
+            logits = next_logits(model, ids, cache)
 
 
 # ---------------------------------------------------------------------------------------------- published weights
@@ -380,15 +380,16 @@ def hf_config(folder):
     wrong += [f"rope_scaling of type {kind!r}"] if kind not in ("default", "llama3") else []
     if wrong:
         raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only models of Llama's architecture are read")
-    stretched = kind == "llama3" and RopeScaling(scaling["factor"], scaling["low_freq_factor"],
-                                                 scaling["high_freq_factor"],
-                                                 scaling["original_max_position_embeddings"])
+    stretched = None
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        stretched = RopeScaling(*(scaling[name] for name in names))
     return LlamaConfig(
         dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
         n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], ffn_dim=c["intermediate_size"],
         vocab_size=c["vocab_size"], rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0),
         norm_eps=c.get("rms_norm_eps", 1e-6), head_dim=c.get("head_dim") or 0, tied=bool(c.get("tie_word_embeddings")),
-        max_len=c.get("max_position_embeddings", 2048), rope_scaling=stretched or None)
+        max_len=c.get("max_position_embeddings", 2048), rope_scaling=stretched)
 
 
 def hf_files(folder):
@@ -474,13 +475,13 @@ def meta_tensors(folder, model):
         for name, tensor in open_tensors(file).items():
             part = name.split(".")[-2]
             if part in heads:
-                tensor = StoredTensor(tensor.shape, partial(halve, tensor.read, heads[part]))
+                tensor = StoredTensor(tensor.shape, partial(deinterleave, tensor.read, heads[part]))
             if name != "rope.freqs" and not (c.tied and name == "output.weight"):
                 stored.append((f"{name} in {file.name}", tensor))
     return targets, stored
 
 
-def halve(read, heads):
+def deinterleave(read, heads):
     """Rows of a query or key weight from interleaved rotary pairs (Meta) to halves (Hugging Face)."""
     w = read()
     return w.view(heads, len(w) // heads // 2, 2, -1).transpose(1, 2).reshape(w.shape)

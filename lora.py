@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
-        low = low * (self.alpha / self.rank)                                       # here x is narrowest
+        low = low * (self.alpha / self.rank)                                       # scaled where the tensor is smallest
         return F.linear(x, self.weight) + F.linear(low, self.lora_b.to(x.dtype))
 
 

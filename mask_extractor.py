@@ -8,7 +8,7 @@ The mask-aware extractor of Aquila-plus (arXiv 2411.06142): a region, given as a
 The two tokens and the sizes are those of the paper's summary and of Osprey (Yuan et al. 2023), which it extends. One
 thing differs on purpose. Osprey brings a mask to a map's size by bilinear interpolation and `> 0`: a ship of 8 x 8
 pixels then covers no cell at stride 32, and its feature there is zero. Here a cell counts by the area of it that the
-mask covers, so that no region vanishes; pooling="binary" gives the published way.
+mask covers (ASSUMPTION), so that no region vanishes; pooling="binary" gives the published way.
 """
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class MaskExtractor(nn.Module):
         dtype = self.out.weight.dtype
         pooled = [mask_pool(x.to(dtype), masks, self.pooling) for x in maps]
         inside = self.out(sum(linear(p) for linear, p in zip(self.scales, pooled)))
-        where = masks.new_zeros(len(masks), 0, self.side ** 2)
-        if masks.shape[1]:
-            where = mask_weights(masks, (self.side, self.side), self.pooling).flatten(2)
-        return inside, self.spatial(where.to(dtype))
+        small = masks.new_zeros(len(masks), 0, self.side ** 2)
+        if masks.shape[1]:                  # ASSUMPTION: the spatial mask is made smaller as the pooling does it
+            small = mask_weights(masks, (self.side, self.side), self.pooling).flatten(2)
+        return inside, self.spatial(small.to(dtype))

@@ -2,13 +2,13 @@
 Hierarchical Spatial Feature Integration (Aquila, Sec. 3.3): windowed cross-attention from a grid of queries to a
 pyramid of four feature maps.
 
-Query i of an (h, w) grid attends to the k_s x k_s cells of scale s that lie under it, for every scale at once, and to
-nothing else. With strides 4, 8, 16, 32 and a grid as coarse as the last map, k = 8, 4, 2, 1: 85 keys a query.
+Query i of a grid (rows, cols) attends to the k_s x k_s cells of scale s that lie under it, for every scale at once, and
+to nothing else. With strides 4, 8, 16, 32 and a grid as coarse as the last map, k = 8, 4, 2, 1: 85 keys a query.
 
     maps -> Pyramid (projectors, position codes, windows) -> ImageTokens (learned queries + SFI) -> image tokens
                                                           -> SFI again between the layers of the LM (aquila.py, MDA)
 
-Shapes: B images, N = h w queries, C width, nh heads, hd = C / nh, k window side at a scale, (c, H, W) a feature map.
+Shapes: B images, N = rows cols queries, C width, nh heads, hd = C / nh, k window side, (c, H, W) a feature map.
 """
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from convnext import STRIDES
 
 def window_partition(x, L):
     """
-    in:  x (B, H, W, C); L, or (rows, cols), the grid of windows. H and W must be k times rows and cols, one k for both.
+    in:  x (B, H, W, C); the grid of windows, L for L x L, or (rows, cols). H, W must be k times rows, cols, of one k.
     out: (B, rows*cols, k*k, C); window i holds the cells under grid cell i, row by row.
     """
     rows, cols = (L, L) if isinstance(L, int) else L
@@ -36,8 +36,8 @@ def window_partition(x, L):
 
 def position_codes(H, W, stride, dim, device=None):
     """
-    Fixed 2-D sin-cos codes (H, W, dim), float32, of the cells' centres in the image. The unit is the finest cell, 4
-    pixels, at every scale: a coarse cell gets the code of the place where its centre lies.
+    Fixed 2-D sin-cos codes (H, W, dim), float32, of the cells' centers in the image. The unit is the finest cell, 4
+    pixels, at every scale: a coarse cell gets the code of the place where its center lies.
     """
     if dim % 4:
         raise ValueError(f"position codes need a width divisible by 4, not {dim}")
@@ -45,7 +45,7 @@ def position_codes(H, W, stride, dim, device=None):
     # half for y, half for x.
     freq = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
 
-    def angles(n):                          # of the centres of n cells in a row: (n, dim/4)
+    def angles(n):                          # of the centers of n cells in a row: (n, dim/4)
         return (torch.arange(n, device=device) + 0.5)[:, None] * (stride / STRIDES[0]) * freq
 
     y = angles(H)[:, None].expand(H, W, -1)
@@ -62,7 +62,8 @@ class SFI(nn.Module):
         Q_i  = W_Q x_q(i)
         K_i  = [W_K1 x_1(i_1) ; ... ; W_K4 x_4(i_4)]      the cells under query i, each scale with its own W_K
         V_i  = [W_V1 x_1(i_1) ; ... ; W_V4 x_4(i_4)]
-        X_i* = Q_i + softmax(Q_i K_i^T / sqrt(C)) V_i
+        X_i* = Q_i + softmax(Q_i K_i^T / sqrt(C)) V_i     with heads, each on its hd = C / nh columns, by sqrt(hd)
+        out  = W_O X_i*
 
     in:  queries (1 or B, N, query_dim), 1 when all images share them; pyramid: a list of (B, N, k_s*k_s, C).
     out: (B, N, out_dim). B counts images.
@@ -93,7 +94,7 @@ class SFI(nn.Module):
     def forward(self, queries, pyramid):
         """The same, without making a key or a value: see below."""
         q = self.wq(queries)
-        gathered = Gather.apply(*fold_queries(self, q), *pyramid)                  # a (B, N, nh, C) for each scale
+        gathered = FoldedAttention.apply(*fold_queries(self, q), *pyramid)         # a (B, N, nh, C) for each scale
         mixed = sum(apply_wv(g, wv.weight, self.heads) for g, wv in zip(gathered, self.wv))
         return self.wo(q + mixed)
 
@@ -104,13 +105,13 @@ def split_heads(x, heads):
 
 
 # ---------------------------------------------------------------------------------------------- the same, cheaper
-# With q a row of Q and x a cell under it,
+# With q a row of Q and x a cell under it, a column,
 #
-#     q (W_K x)^T         = (q W_K) x^T              fold W_K into the query, once a scale, instead of into every cell
+#     q (W_K x)           = (q W_K) x                fold W_K into the query, once per scale, instead of into every cell
 #     sum_j a_j (W_V x_j) = W_V (sum_j a_j x_j)      apply W_V to the weighted sum, instead of to every cell
 #
 # so that no key and no value is ever made: at the paper's size 4,096 vectors are projected rather than 87,040. That is
-# ten times as fast in a tenth of the memory (`python -m checks.bench sfi`), and each SFI of MDA costs as little.
+# about ten times as fast, with a fifth of the memory or less (`python -m checks.bench sfi`); MDA's SFIs cost as little.
 
 def fold_queries(sfi, q):
     """q (1|B, N, C), W_Q applied -> q W_Ks / sqrt(hd) of every scale s and head: a list of (1|B, N, nh, C)."""
@@ -118,12 +119,13 @@ def fold_queries(sfi, q):
 
 
 def fold(q, wk, heads):
+    """q W_K of each head: (1|B, N, C), (C, C) -> (1|B, N, nh, C)."""
     if heads == 1:
         return (q @ wk)[:, :, None]
     return torch.einsum("bnhd,hdc->bnhc", q.unflatten(-1, (heads, -1)), wk.view(heads, -1, wk.shape[1]))
 
 
-def attend(folded, pyramid):
+def softmax_weights(folded, pyramid):
     """Folded queries and pyramid -> softmax over the cells of all scales together: a list of (B, N, nh, k*k)."""
     scores = [f.to(x.dtype) @ x.transpose(-1, -2) for f, x in zip(folded, pyramid)]
     weights = torch.cat(scores, dim=-1).softmax(-1)
@@ -141,25 +143,25 @@ def apply_wv(gathered, wv, heads):
 
 def attention_weights(sfi, queries, pyramid):
     """What each query of an SFI attends to: a list of (B, N, nh, k_s*k_s), together 1 for each query and head."""
-    return attend(fold_queries(sfi, sfi.wq(queries)), pyramid)
+    return softmax_weights(fold_queries(sfi, sfi.wq(queries)), pyramid)
 
 
 # ---------------------------------------------------------------------------------------------- the same, less traffic
 
-class Gather(torch.autograd.Function):
+class FoldedAttention(torch.autograd.Function):
     """
     (folded queries of every scale, windows of every scale) -> the weighted sum of each scale's cells, (B, N, nh, C).
 
-    Its forward is `attend` and one product a scale. Plain autograd would make the gradient of the pyramid twice, once
-    for the scores and once for the sums, and add the two: three passes over the largest tensors there are. Here it is
-    one product: dx = ds^T f + a^T dg = [ds; a]^T [f; dg].
+    Its forward is `softmax_weights` and one product per scale. Plain autograd would make the gradient of the pyramid
+    twice, once for the scores and once for the sums, and add the two: three passes over the largest tensors there are.
+    Here it is one product: dx = ds^T f + a^T dg = [ds; a]^T [f; dg].
     """
 
     @staticmethod
     def forward(ctx, *tensors):
         scales = len(tensors) // 2
         folded, pyramid = tensors[:scales], tensors[scales:]
-        weights = attend(folded, pyramid)
+        weights = softmax_weights(folded, pyramid)
         ctx.save_for_backward(*tensors, *weights)
         return tuple(a @ x for a, x in zip(weights, pyramid))
 
@@ -221,7 +223,7 @@ class ImageTokens(nn.Module):
 
     def __init__(self, side, dim, scales, out_dim, heads=1):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(side, side, dim) * 0.02)
+        self.queries = nn.Parameter(torch.randn(side, side, dim) * 0.02)           # ASSUMPTION: their start
         self.sfi = SFI(dim, dim, scales, out_dim, heads)
 
     def grid_queries(self, grid):

@@ -21,24 +21,6 @@ SLOTS = {IMAGE_SLOT: "<image>", MASK_SLOT: "<mask>", POSITION_SLOT: "<position>"
 LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")                     # of the text, a message, a turn
 
 
-class ByteTokenizer:
-    """Text as its UTF-8 bytes, ids 0-255, and a few specials behind them: the smallest tokenizer, for tests."""
-    adds_space = False
-    SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                "<s>", "</s>")
-
-    def __init__(self):
-        self.special = {name: 256 + i for i, name in enumerate(self.SPECIALS)}
-        self.bos_id = self.special["<|begin_of_text|>"]
-        self.stop_ids = {self.special[name] for name in ("<|end_of_text|>", "<|eot_id|>", "</s>")}
-
-    def encode(self, text):
-        return list(text.encode("utf-8", errors="replace"))
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-
 class SentencePieceTokenizer:
     """tokenizer.model of Llama-2 and Vicuna."""
 
@@ -196,8 +178,6 @@ def load_tokenizer(path):
 
 
 def load_tokenizer_folder(folder):
-    if read_json(folder / "tokenizer_config.json", default={}).get("tokenizer_class") == "ByteTokenizer":
-        return ByteTokenizer()
     files = [folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists()]
     if not files:
         raise FileNotFoundError(f"{folder} has no tokenizer.model and no tokenizer.json")

@@ -10,8 +10,9 @@ One step is one global batch, whatever the number of processes and micro-batches
 tokens and divided by their number in the whole batch, over all micro-batches and processes. A mean of means would be
 another gradient, for answers are long and short.
 
-Every run writes to its --out folder: model.safetensors and config.json (the trained part), state.pt (all that --resume
-needs, in one file replaced at once), log.jsonl and loss.png.
+Every run writes to its --out folder: model.safetensors and config.json (what was trained), log.jsonl, loss.png, and
+state.pt, what --resume needs besides the files that the run started from: step, weights, optimizer. No random state is
+kept, for every draw follows from the seed and the step.
 """
 import argparse
 import contextlib
@@ -23,22 +24,21 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, count_parameters, load_config, load_trained,
+from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, count_parameters, load_config, load_checkpoint,
                     locate_weights, save_model, set_stage)
 from data import CHATS, Records, collate, image_names, read_records, to_device
 from files.text import path_inside, written_whole
 from pictures.curve import draw_curve
 from tokenizer import IGNORE, load_tokenizer
 from toy.scenes import make_records
-
 
 # ---------------------------------------------------------------------------------------------- recipes
 
@@ -54,9 +54,9 @@ class Recipe:
     lora: LoRAConfig | None = None
 
 
-# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). Those of
-# aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and LoRA
-# on the LM).
+# What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
+# of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
+# LoRA on the LM).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
@@ -75,7 +75,7 @@ RECIPES = {
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
-CLIP = 1.0                                  # ASSUMPTION: the gradient's norm is clipped at 1; the papers do not say
+MAX_NORM = 1.0                              # ASSUMPTION: the gradient's norm is clipped at 1; the papers do not say
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -95,7 +95,7 @@ def optimizer_for(params, decay):
 
 # ---------------------------------------------------------------------------------------------- one step
 
-def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=CLIP):
+def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_norm=MAX_NORM):
     """
     One optimizer step over all micro-batches of all processes. -> (loss a learned token, gradient norm, tokens read)
     The learned tokens are counted before the first backward, over all processes.
@@ -121,7 +121,7 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=CL
     if not math.isfinite(total.item()):
         raise ValueError(f"the loss is {total.item()}, over {learned:.0f} learned tokens; samples "
                          f"{[n for b in batches for n in b['names']][:8]}; lower --lr or look at these records")
-    norm = nn.utils.clip_grad_norm_(params, clip).item()
+    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -131,8 +131,21 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, clip=CL
 
 # ---------------------------------------------------------------------------------------------- the loop
 
+@dataclass
+class Run:
+    model: nn.Module
+    recipe: Recipe
+    out: pathlib.Path                       # its folder
+    steps: int                              # of the whole schedule
+    dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
+    trainable: dict                         # {name: parameter} that this stage trains
+    optimizer: torch.optim.Optimizer
+    settings: dict                          # what must be the same when the run is resumed
+    first: int = 0                          # steps that were done before
+    loader: Iterator = None                 # batches of this process, from step `first` on
+
+
 def train(run, args, rank, world, device):
-    """run: what set_up returns."""
     model, recipe = run.model, run.recipe
     ids = [device.index] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
@@ -171,14 +184,13 @@ def set_up(args, rank, world, device):
     torch.manual_seed(args.seed)
     model = build(config, dtype, device)
     if start_from:
-        load_trained(model, start_from, only_known=True)
+        load_checkpoint(model, start_from, only_known=True)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = args.grad_checkpoint
     optimizer = optimizer_for(list(trainable.values()), recipe.decay)
     settings = dict(stage=args.stage, config=config_to_dict(model.config), recipe=config_to_dict(recipe), steps=steps,
                     data=digest, processes=world, seed=args.seed)
-    run = SimpleNamespace(model=model, recipe=recipe, out=out, steps=steps, dtype=dtype, trainable=trainable,
-                          optimizer=optimizer, settings=settings)
+    run = Run(model, recipe, out, steps, dtype, trainable, optimizer, settings)
     state = find_state(args, out)
     if rank == 0:                           # one process makes the folder; the others wait where set_up ends
         make_folder(out)
@@ -197,7 +209,7 @@ def together(work, world):
     result = mistake = None
     try:
         result = work()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         mistake = str(e)
     mistakes = [mistake] * world
     if world > 1:
@@ -341,7 +353,7 @@ def save_state(run, step):
 
 
 def load_state(run, path):
-    """Put a run back where it was; refuse when anything that decides its course is another. -> the next step"""
+    """Put a run back where it was, -> the next step; refused when one of its settings is another."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in run.settings.items():
         before = state["settings"].get(name)
@@ -412,7 +424,7 @@ def parse_args():
     add("--vision", help="ConvNeXt weights: open_clip, timm or original file (default: the preset's)")
     add("--llm", help="Llama folder, Hugging Face or Meta layout (default: the preset's)")
     add("--out", help="folder of the run (default runs/PRESET/stageN)")
-    add("--init-from", help="start from the weights of this run (stage 2: default runs/PRESET/stage1)")
+    add("--init-from", help="start from the weights of this run (default, from stage 2 on: the stage before)")
     add("--resume", help="'auto': go on with the run in --out if there is one; or the folder of a run")
     add("--overwrite", action="store_true", help="start anew although --out holds a run")
     add("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
@@ -463,8 +475,8 @@ def resolve(args):
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
     start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
-        raise ValueError(f"stage {args.stage} starts from a finished stage: no model.safetensors in {start}; "
-                         f"run --stage {args.stage - 1} first, or give --init-from")
+        advice = "give another --init-from" if args.init_from else f"run --stage {args.stage - 1} first, or --init-from"
+        raise ValueError(f"no model.safetensors in {start}, the finished stage to start from; {advice}")
     model = given(args, integration="integration", image_size="image_size", fit="fit", chat="chat", max_len="max_len",
                   pooling="pooling")
     if args.mda_layers is not None:
@@ -508,7 +520,7 @@ def main():
     try:
         run = together(lambda: set_up(args, rank, world, device), world)
         train(run, args, rank, world, device)
-    except (ValueError, FileNotFoundError) as e:               # the same in every process: the first one says it
+    except (ValueError, OSError) as e:        # the same in every process: the first one says it
         parser.exit(2, f"train.py: {e}\n" if rank == 0 else "")
     finally:
         if dist.is_initialized():

@@ -16,7 +16,7 @@ import torch
 
 from checks.bench import interleaved
 from convnext import CONVNEXTS, ConvNeXt
-from fast_decoding import compile_decoding, decoder
+from fast_decoding import compile_decoding, fastest_step
 from llama import Llama, LlamaConfig, generate, load_llama, save_llama
 from tokenizer import load_tokenizer
 
@@ -69,7 +69,7 @@ def bench_decode(rounds, folder, n=64):
 
     def answer(model):
         x = model.embed(ids)
-        return [int(i) for i in generate(model, x, max_new_tokens=n, decode=decoder(model, x))]
+        return [int(i) for i in generate(model, x, max_new_tokens=n, next_logits=fastest_step(model, x))]
 
     calls = {"ours": lambda: answer(ours), "ours, compiled": lambda: answer(compiled),
              "transformers": lambda: theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False,

@@ -90,7 +90,7 @@ def write_files(folder):
                  for k, p in model.vision.named_parameters()}
         save_file(state, folder / "clip.safetensors")
     (folder / "run").mkdir(exist_ok=True)
-    save_file({k: noise(p.shape, 0.02) for k, p in model.trained().items()}, folder / "run/model.safetensors")
+    save_file({k: noise(p.shape, 0.02) for k, p in model.own_parameters().items()}, folder / "run/model.safetensors")
     (folder / "run/config.json").write_text(json.dumps(config_to_dict(config)))
     Image.fromarray(scenes.make_scene("test", 0, 0, 1024).image).save(folder / "scene.png")
 

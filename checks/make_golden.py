@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden"
 
 
 @torch.no_grad()
-def randomise(model):
+def randomize(model):
     for name, p in model.named_parameters():
         fan_in = p[0].numel() if p.ndim > 1 else 1
         p.normal_(std=fan_in ** -0.5)
@@ -43,7 +43,7 @@ def convnext():
     vision = dict(timm_model_name="golden_convnext", timm_pool="", timm_proj="linear", image_size=64)
     text = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
     clip = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).eval()
-    randomise(clip)
+    randomize(clip)
     weights = {name: tensor.half() for name, tensor in clip.state_dict().items()}
     save_file(weights, GOLDEN / "convnext.safetensors")
 
@@ -81,7 +81,7 @@ def llama():
     for name, options in LLAMAS.items():
         config = transformers.LlamaConfig(**options, bos_token_id=None, eos_token_id=None)
         model = transformers.LlamaForCausalLM(config).eval()
-        randomise(model)
+        randomize(model)
         model.model.embed_tokens.weight.data.mul_(0.03125)        # a power of two: exact in float16
         save_file({k: p.half() for k, p in model.named_parameters()}, GOLDEN / f"llama_{name}.safetensors")
         (GOLDEN / f"llama_{name}.json").write_text(config.to_json_string(use_diff=False))

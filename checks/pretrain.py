@@ -27,7 +27,7 @@ from files.text import write_json
 from files.weights import write_tensors
 from llama import LLAMAS, Llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD
-from tokenizer import BYTE_OF, IGNORE, ByteTokenizer, load_tokenizer
+from tokenizer import BYTE_OF, IGNORE, load_tokenizer
 from toy.drawing import make_scene
 from toy.layout import Key, make_layout
 from toy.scenes import (CAPTION_PROMPTS, captions, count_objects, land_in_words, object_in_words, phrase, questions,
@@ -222,7 +222,8 @@ def write_tokenizer(folder, n_scenes, size, rng):
         pieces.update(re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
     letter = {b: ch for ch, b in BYTE_OF.items()}
     words = {"".join(letter[b] for b in piece.encode()): n for piece, n in pieces.items()}
-    specials = ByteTokenizer.SPECIALS
+    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>",
+                "</s>")
     merges = byte_pairs(words, size - 256 - len(specials))
     vocab = [letter[b] for b in range(256)] + [a + b for a, b in merges]
     plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

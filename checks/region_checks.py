@@ -145,7 +145,7 @@ def trace(model, tokenizer):
     records = scenes.make_records("test", 5, "region", size=model.config.image_size)
     record = next(r for r in records if len(r["masks"]) == 1)
     row = Records([record], ".", tokenizer, model.config, answer=False)[0]
-    x, _ = model.embed_prompt(collate([row]))
+    x, _ = model.embed_batch(collate([row]))
     names = {i: name for name, i in tokenizer.special.items()}
     source = {"<image>": "SFI", "<mask>": "mask token", "<position>": "spatial token"}
     print(f"\n2. {record['conversations'][0]['value']!r}, mask {record['masks'][0]}")

@@ -10,7 +10,7 @@ import sys
 import torch
 import transformers
 
-from fast_decoding import decoder
+from fast_decoding import fastest_step
 from llama import generate, load_llama
 from tokenizer import load_tokenizer
 
@@ -33,7 +33,7 @@ def main(folder):
         answer = whole[0, ids.shape[1]:].tolist()
         x = ours.embed(ids)
         tokens = [int(i) for i in generate(ours, x, max_new_tokens=50)]
-        fast = [int(i) for i in generate(ours, x, max_new_tokens=50, decode=decoder(ours, x))]
+        fast = [int(i) for i in generate(ours, x, max_new_tokens=50, next_logits=fastest_step(ours, x))]
         same = same_prompt and tokens == fast == answer
         failed |= not same
         print(f"{prompt!r} -> {tokenizer.decode(tokens)!r}\n    {'equals' if same else 'DIFFERS FROM'} transformers; "

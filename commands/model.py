@@ -11,17 +11,18 @@ import shutil
 
 import torch
 
-from aquila import (PRESETS, TRAINS, LoRAConfig, assemble, build, count_parameters, load_config, load_trained,
-                    locate_weights, trained_parts)
+from aquila import (PRESETS, TRAINS, assemble, build, count_parameters, load_config, load_checkpoint,
+                    locate_weights, parts_of_stage)
 from convnext import STRIDES
 from files.text import one_line
 from llama import load_llama, load_lora, lora_layers, merge_lora, save_llama, save_lora
+from train import RECIPES
 
 
 def describe(config):
     """Shapes, by running the model without memory, and parameters, as text."""
     with torch.device("meta"):
-        model = assemble(dataclasses.replace(config, lora=config.lora or LoRAConfig()))
+        model = assemble(config)
         images = torch.empty(1, 3, config.image_size, config.image_size)
         maps = model.encode_images(images)
         pyramid, image_tokens = model.image_tokens(maps)
@@ -30,9 +31,10 @@ def describe(config):
     lines += [f"windows of scale {s}   {tuple(x.shape)}" for s, x in enumerate(pyramid)]
     lines += [f"image tokens         {tuple(image_tokens.shape)}",
               f"MDA before layers    {list(config.mda_layers)} of {config.llm.n_layers}"]
-    lines += [f"region tokens        2 of {config.llm.dim} a <region>"] * bool(config.region_dim)
+    if config.region_dim:
+        lines.append(f"region tokens        2 of {config.llm.dim} per <region>")
     for part, n in count_parameters(model.named_parameters()).items():
-        stages = [stage for stage in TRAINS[config.family] if part in trained_parts(config, stage)]
+        stages = [stage for stage in TRAINS[config.family] if part in parts_of_stage(config, stage)]
         lines.append(f"{part:9} {n:14,} parameters" + "".join(f", stage {stage} trains it" for stage in stages))
     return "\n".join(lines)
 
@@ -49,12 +51,13 @@ def export(llm, source, out):
 
 def run(args):
     if not args.export:
-        print(describe(PRESETS[args.preset]))
+        last = list(RECIPES[args.preset].values())[-1]
+        print(describe(dataclasses.replace(PRESETS[args.preset], lora=last.lora)))
     elif args.model:
         config = load_config(args.model)
         config = dataclasses.replace(config, llm_dir=args.llm or config.llm_dir)
         model = build(config, torch.bfloat16)                  # LoRA stays in float32: a merged weight is rounded once
-        load_trained(model, args.model)
+        load_checkpoint(model, args.model)
         export(model.llm, locate_weights(config.llm_dir, "language model"), args.export)
     elif args.llm and args.adapter:
         export(load_lora(load_llama(args.llm, torch.bfloat16), args.adapter), args.llm, args.export)

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import lru_cache, partial
 
 from convnext import STRIDES
-from data import (CHATS, count_images, encode_record, encode_turns, form_problems, image_names, is_text, load_pixels,
+from data import (CHATS, check_images, encode_record, encode_turns, form_problems, image_names, is_text, load_pixels,
                   mentions, parse_records, read_records, turns_of)
 from files.text import one_line, write_json_lines
 from pictures.image_files import load_image
@@ -33,7 +33,7 @@ def problems_of(record, root, config):
     names, masks = [name for name in image_names(record) if is_text(name) and name], record.get("masks") or []
     if all(kind == "empty answer" for kind, _ in found):                           # else it cannot be read as turns
         turns = turns_of(record)
-        slots = problems_in("slots", count_images, turns, len(names)) if names else []
+        slots = problems_in("slots", check_images, turns, len(names)) if names else []
         slots += problems_in("slots", mentions, turns, len(masks)) if masks else []
         found += slots or problems_in("no room", check_room, turns, len(names), len(masks), config)
     for name in names:

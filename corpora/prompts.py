@@ -1,5 +1,6 @@
 """
-Every wording that a prompt of ours has, by task. What a data set asks in its own words stays as published.
+Every wording of our prompts for published data sets, by task (toy/scenes.py has its own). What a data set asks in its
+own words stays as published.
 
 The papers print only SHORT_ANSWER; the other wordings are ours. A record takes the wording that its id hashes to, so a
 corpus always converts to the same bytes.

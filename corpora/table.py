@@ -84,7 +84,7 @@ def read_corpus(name, root, split="train", file=None, raw_answers=False, per_ima
     written, not by class; per_image: coco-masks: records of an image at most. What is not there: FileNotFoundError.
     """
     if name not in CORPORA:
-        raise ValueError(f"unknown corpus '{name}'; known: {', '.join([*CORPORA, *MIXES])}")
+        raise ValueError(f"unknown corpus {name!r}; expected one of {', '.join([*CORPORA, *MIXES])}")
     corpus = replace(CORPORA[name], name=name, raw_answers=raw_answers, per_image=per_image)
     if split not in corpus.splits:
         raise ValueError(f"{name} has no split '{split}'; it has: {', '.join(corpus.splits)}")

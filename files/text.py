@@ -25,7 +25,7 @@ def path_inside(name, root, what):
     if not inside:
         raise ValueError(f"{what} {name}: the path leaves the image folder {root}")
     if not there:
-        raise FileNotFoundError(f"{what} {name}: no such file in {root}; is --images right?")
+        raise FileNotFoundError(f"{what} {name}: no such file in {root}; is the folder right?")
     return path
 
 

@@ -131,6 +131,6 @@ def fit_mask(mask, size, fit):
 
 
 def to_tensor(image):
-    """RGB PIL image or (H, W, 3) uint8 array -> (3, H, W) float32, normalised with CLIP's mean and deviation."""
+    """RGB PIL image or (H, W, 3) uint8 array -> (3, H, W) float32, normalized with CLIP's mean and deviation."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)

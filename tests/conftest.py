@@ -30,8 +30,26 @@ SMALL = dataclasses.replace(
     llm=LlamaConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=264, head_dim=8))
 
 
+class ByteTokenizer:
+    """Text as its UTF-8 bytes, ids 0-255, and a few specials behind them: the smallest tokenizer, for tests."""
+    adds_space = False
+    SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                "<s>", "</s>")
+
+    def __init__(self):
+        self.special = {name: 256 + i for i, name in enumerate(self.SPECIALS)}
+        self.bos_id = self.special["<|begin_of_text|>"]
+        self.stop_ids = {self.special[name] for name in ("<|end_of_text|>", "<|eot_id|>", "</s>")}
+
+    def encode(self, text):
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
 @torch.no_grad()
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     """Every parameter random, MDA's returns and the layer scales too, so that no path is shut."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -45,7 +63,7 @@ def randomise(model, seed=0):
 def small():
     """make(**changes of the config) -> a random Aquila in eval mode; its images are 64 pixels, 2x2 tokens."""
     def make(dtype=torch.float32, **changes):
-        return randomise(Aquila(dataclasses.replace(SMALL, **changes)).to(dtype)).eval()
+        return randomize(Aquila(dataclasses.replace(SMALL, **changes)).to(dtype)).eval()
     return make
 
 

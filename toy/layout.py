@@ -29,7 +29,7 @@ CONTRAST = 78                               # least distance in RGB between an o
 STREETS = 0.3                               # from one street of a suburb to the next
 
 Key = namedtuple("Key", "split seed index size", defaults=(None,))      # what names a scene; texts need no size
-# An object: centre, length, width and circumscribed radius in image sides, heading in radians.
+# An object: center, length, width and circumscribed radius in image sides, heading in radians.
 Item = namedtuple("Item", "name color x y angle length width radius variant")
 Layout = namedtuple("Layout", "cover feature angle items")              # angle: of fields, slabs and streets
 

@@ -215,7 +215,7 @@ def fails(tmp_path, capsys, *arguments):
 
 
 @pytest.mark.parametrize("name, flags, message", [
-    ("nope", [], "unknown corpus 'nope'; known: rsicd, "),
+    ("nope", [], "unknown corpus 'nope'; expected one of rsicd, "),
     ("rsitmd", ["--split", "val"], "rsitmd has no split 'val'; it has: train, test"),
     ("rsicd", [], "dataset_rsicd.json is not there; --root should be"),
     ("rsvqa-lr", [], "LR_split_train_questions.json is not there; --root should be"),

@@ -1,6 +1,6 @@
 """
 Proves that images of every kind are read rightly or not at all, that a mistake in one is one clear line, and that they
-are fitted and normalised as the model expects.
+are fitted and normalized as the model expects.
 
     pytest tests/data/test_image_files.py
 """

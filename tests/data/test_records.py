@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ByteTokenizer
 from PIL import Image
 
 from commands import records
 from data import Records, check_form, collate, encode_record, encode_turns, read_records
 from pictures import image_files
-from tokenizer import IGNORE, IMAGE_SLOT, ByteTokenizer, load_tokenizer
+from tokenizer import IGNORE, IMAGE_SLOT, load_tokenizer
 from toy import scenes
 
 TOKENIZER = ByteTokenizer()

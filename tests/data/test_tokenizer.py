@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from conftest import GOLDEN, claim_same, one_line
 
-from tokenizer import BYTE_OF, ByteTokenizer, Llama3Tokenizer, SentencePieceTokenizer, cut_long_runs, load_tokenizer
+from tokenizer import BYTE_OF, Llama3Tokenizer, SentencePieceTokenizer, cut_long_runs, load_tokenizer
 
 IDS = json.loads((GOLDEN / "tokenizer_ids.json").read_text(encoding="utf-8"))
 LONG = ["a" * 30_000, " " * 30_000, "\n" * 30_000, "ab " * 10_000, "é" * 30_000, "7" * 30_000]
@@ -27,7 +27,7 @@ def golden(name):
 
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory):
-    """Made as Llama-2's: BPE, byte fallback, each digit alone, no normalisation, a space put before the text."""
+    """Made as Llama-2's: BPE, byte fallback, each digit alone, no normalization, a space put before the text."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "corpus.txt").write_text("\n".join(t.replace("\n", " ") for t in IDS["texts"][-5:] * 4), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -52,10 +52,10 @@ def llama3_file(tmp_path_factory):
 def every(sentencepiece_file, llama3_file):
     files = {"sentencepiece": sentencepiece_file, "llama-3": llama3_file}
     files |= {name: GOLDEN / f"tokenizer_{name}.json" for name in ("digits", "split")}
-    return {"bytes": ByteTokenizer()} | {name: load_tokenizer(file) for name, file in files.items()}
+    return {name: load_tokenizer(file) for name, file in files.items()}
 
 
-NAMES = ["bytes", "sentencepiece", "llama-3", "digits", "split"]
+NAMES = ["sentencepiece", "llama-3", "digits", "split"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,14 +167,6 @@ def test_sentencepiece_is_the_librarys_own(sentencepiece_file):
     assert theirs.id_to_piece(ours.encode("hi")[0]).startswith("▁")
 
 
-def test_bytes():
-    t = ByteTokenizer()
-    assert t.encode("hé\n") == [104, 195, 169, 10] and t.decode(t.encode("héllo")) == "héllo"
-    assert t.decode([104, 300, 261, 105, 195]) == "hi\ufffd"                       # no specials, half a character
-    assert t.encode("\ud83d") == [63]                                              # half an emoji, of broken JSON
-    assert min(t.special.values()) == 256 and max(t.special.values()) < 264 and t.stop_ids == {257, 260, 262}
-
-
 # ---------------------------------------------------------------------------------------------- folders
 
 def hugging_face_folder(folder, **files):
@@ -212,8 +204,6 @@ def test_which_file_of_a_folder(tmp_path, sentencepiece_file, llama3_file):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not there"):
         load_tokenizer(tmp_path / "nothing")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByteTokenizer"}')
-    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.json").write_text("{}")                                # Vicuna's says nothing that is needed
     for file, kind in ((sentencepiece_file, SentencePieceTokenizer), (llama3_file, Llama3Tokenizer)):

@@ -12,14 +12,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, ROWS, SMALL, claim, command_line, difference, prompt
+from conftest import ROOT, ROWS, SMALL, ByteTokenizer, claim, command_line, difference, prompt
 
-from aquila import (PRESETS, TRAINS, Aquila, LoRAConfig, build, config_from_dict, config_to_dict, load_trained, part_of,
-                    save_model, set_stage)
+from aquila import (PRESETS, TRAINS, Aquila, LoRAConfig, build, config_from_dict, config_to_dict, load_checkpoint,
+                    part_of, save_model, set_stage)
 from commands import model as model_command
 from data import collate
 from llama import KVCache, load_llama, load_lora, lora_layers, merge_lora
-from tokenizer import IGNORE, ByteTokenizer, load_tokenizer
+from tokenizer import IGNORE, load_tokenizer
 
 
 @pytest.mark.parametrize("mda", [(0, 2), ()], ids=["MDA", "no MDA"])
@@ -82,7 +82,7 @@ def test_mda_and_the_image_change_the_answer(small):
 
 
 def test_training_starts_from_the_lm_without_mda():
-    """Zero-initialised returns: a new model gives the same logits with and without MDA."""
+    """Zero-initialized returns: a new model gives the same logits with and without MDA."""
     torch.manual_seed(0)
     model = Aquila(SMALL).eval()
     batch = {**collate([prompt("what?", 1)]), "labels": None}
@@ -161,19 +161,19 @@ def test_a_checkpoint_comes_back_whole(small, lora, tmp_path):
 
     def another(**changes):                 # the same frozen parts, other weights of our own
         new = Aquila(dataclasses.replace(model.config, **changes))
-        published = {k: p for k, p in model.named_parameters() if k not in model.trained()}
+        published = {k: p for k, p in model.named_parameters() if k not in model.own_parameters()}
         unexpected = new.load_state_dict(published, strict=False).unexpected_keys
         assert not unexpected
         return new
 
     other = another()
-    load_trained(other, tmp_path)
-    assert all(torch.equal(p, other.trained()[k]) for k, p in model.trained().items())
-    assert not any(k.startswith("vision") or (k.startswith("llm") and "lora" not in k) for k in model.trained())
+    load_checkpoint(other, tmp_path)
+    assert all(torch.equal(p, other.own_parameters()[k]) for k, p in model.own_parameters().items())
+    assert not any(k.startswith("vision") or (k.startswith("llm") and "lora" not in k) for k in model.own_parameters())
     with pytest.raises(ValueError, match="missing.*mda.1"):
-        load_trained(another(mda_layers=(0, 1, 2)), tmp_path)
+        load_checkpoint(another(mda_layers=(0, 1, 2)), tmp_path)
     with pytest.raises(ValueError, match="unexpected.*lora_a"):
-        load_trained(another(lora=None), tmp_path)
+        load_checkpoint(another(lora=None), tmp_path)
 
 
 @pytest.mark.parametrize("part", ["vision", "llm"])
@@ -181,10 +181,10 @@ def test_a_checkpoint_knows_its_frozen_parts(small, part, tmp_path):
     """Other frozen weights are refused by name; the same in another dtype are not."""
     model = small()
     save_model(model, tmp_path)
-    load_trained(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
+    load_checkpoint(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
     next(p for k, p in model.named_parameters() if part_of(k) == part).data[0] += 0.1
     with pytest.raises(ValueError, match=f"trained on other weights.*--{part}"):
-        load_trained(model, tmp_path)
+        load_checkpoint(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", PRESETS)

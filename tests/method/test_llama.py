@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import fast_decoding
 import llama
-from fast_decoding import compile_decoding, decode, decoder, multiply, run_layer
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, RopeScaling, generate, load_llama, plain_decode, save_llama
+from fast_decoding import compile_decoding, fast_step, fastest_step, multiply, run_layer
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, RopeScaling, generate, load_llama, plain_step, save_llama
 from lora import apply_lora
 
 CONFIG = LlamaConfig(dim=24, n_layers=3, n_heads=6, n_kv_heads=2, ffn_dim=20, vocab_size=50, head_dim=8)
@@ -187,8 +187,8 @@ def answers(model, prompts, n=12, fast=False, **options):
     for row, p in zip(padded, prompts):
         row[:len(p)] = torch.tensor(p)
     x = model.embed(padded)
-    step = decoder(model, x) if fast else plain_decode
-    steps = list(generate(model, x, lengths, n, decode=step, **options))
+    step = fastest_step(model, x) if fast else plain_step
+    steps = list(generate(model, x, lengths, n, next_logits=step, **options))
     return [[i for i in row if i >= 0] for row in torch.stack(steps, 1).tolist()]
 
 
@@ -240,7 +240,7 @@ def test_before_layer_runs_before_every_layer_and_in_the_prompt_only():
     x = model.embed(torch.tensor([PROMPTS[1]]))
     changed = [int(i) for i in generate(model, x, max_new_tokens=5, before_layer=before_layer)]
     assert seen == [(i, (1, 11, 24)) for i in range(3)]
-    fast = generate(model, x, max_new_tokens=5, before_layer=before_layer, decode=decoder(model, x))
+    fast = generate(model, x, max_new_tokens=5, before_layer=before_layer, next_logits=fastest_step(model, x))
     assert [int(i) for i in fast] == changed and len(seen) == 6
     with torch.no_grad():
         rope = llama.rotary(model.config, torch.arange(11)[None], x.dtype)
@@ -285,7 +285,7 @@ WITH_LORA = pytest.mark.parametrize("lora", [False, True], ids=["plain weights",
 def test_fast_decoding_gives_the_same_tokens(lora):
     """One row as a bare vector; several rows need no other way before a layer is compiled."""
     model = random_llama(lora)
-    assert decoder(model, torch.zeros(1, 3, 24)) is not plain_decode is decoder(model, torch.zeros(2, 3, 24))
+    assert fastest_step(model, torch.zeros(1, 3, 24)) is not plain_step is fastest_step(model, torch.zeros(2, 3, 24))
     for prompts in ([PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]], [PROMPTS[3]], PROMPTS):
         claim_same("fast decoding = plain, tokens", sum(answers(model, prompts, fast=True), []),
                    sum(answers(model, prompts), []))
@@ -321,8 +321,8 @@ def test_one_fast_step_equals_a_plain_one(dtype, near, lengths, lone, fixed_shap
         model(ids[:rows, :5], cache=caches[-1])
         caches[-1].set_lengths(torch.tensor(lengths))
     for step in (5, 6):
-        ours = decode(model, ids[:rows, step], caches[0], run_layer if fixed_shapes else None, lone)
-        theirs = plain_decode(model, ids[:rows, step], caches[1])
+        ours = fast_step(model, ids[:rows, step], caches[0], run_layer if fixed_shapes else None, lone)
+        theirs = plain_step(model, ids[:rows, step], caches[1])
         assert ours.shape == (rows, 50) and ours.dtype == dtype
         if dtype == torch.float32:
             claim("fast decoding = plain, logits of a step (float32)", difference(ours, theirs), near)
@@ -350,7 +350,7 @@ def test_onednn_is_off_for_one_row_and_back_after_an_error():
 
     for ids, lone in ((torch.tensor([1]), True), (torch.tensor([1, 2]), False)):
         with pytest.raises(KeyError):
-            decode(model, ids, KVCache(model.config, len(ids), 4, torch.float32, "cpu"), layer, lone)
+            fast_step(model, ids, KVCache(model.config, len(ids), 4, torch.float32, "cpu"), layer, lone)
     assert seen == [False, True] and torch.backends.mkldnn.enabled
 
 

@@ -8,13 +8,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SMALL, claim, randomise
+from conftest import ByteTokenizer, claim, randomize, SMALL
 
 import aquila
-from aquila import TRAINS, AquilaPlus, LoRAConfig, load_model, load_trained, part_of, save_model, set_stage
+from aquila import TRAINS, AquilaPlus, LoRAConfig, load_model, load_checkpoint, part_of, save_model, set_stage
 from data import collate, encode_record, encode_turns
 from mask_extractor import MaskExtractor, mask_pool, mask_weights
-from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT, ByteTokenizer
+from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
 TOKENIZER = ByteTokenizer()
 PLUS = dataclasses.replace(SMALL, region_dim=20, region_side=16, mda_layers=(0,))
@@ -79,7 +79,7 @@ def test_small_regions_area_keeps_binary_loses():
 
 
 def test_padding_and_no_regions():
-    extractor = randomise(MaskExtractor((4, 6), 10, dim=8, side=8)).double()
+    extractor = randomize(MaskExtractor((4, 6), 10, dim=8, side=8)).double()
     maps = [torch.randn(3, 4, 16, 16, dtype=torch.float64), torch.randn(3, 6, 8, 8, dtype=torch.float64)]
     masks = torch.rand(3, 4, 32, 32) > 0.5
     inside, where = extractor(maps, masks)
@@ -139,14 +139,14 @@ ROWS = [row("What is <region>?", 1, 1), row("<region2> and <region1>, then <regi
 @pytest.fixture
 def plus():
     def make(**changes):
-        return randomise(AquilaPlus(dataclasses.replace(PLUS, **changes))).eval()
+        return randomize(AquilaPlus(dataclasses.replace(PLUS, **changes))).eval()
     return make
 
 
 def test_each_slot_holds_the_token_of_its_own_region(plus):
     """Against a plain loop over rows and mentions; a region named twice gives the same two tokens twice."""
     model, batch = plus(), collate(ROWS)
-    x, _ = model.embed_prompt(batch)
+    x, _ = model.embed_batch(batch)
     for b, r in enumerate(ROWS):
         if not r["mentions"]:
             continue
@@ -210,11 +210,12 @@ def test_a_full_lm_is_saved_and_comes_back(plus, tmp_path, monkeypatch):
     monkeypatch.setattr(aquila, "build", lambda config, *_: AquilaPlus(config, model.vision))
     save_model(model, tmp_path / "full")
     back = load_model(tmp_path / "full")
-    assert all(torch.equal(p, back.state_dict()[k]) for k, p in model.trained().items())
-    assert "llm.embed.weight" in model.trained() and not any(k.startswith("vision") for k in model.trained())
+    assert all(torch.equal(p, back.state_dict()[k]) for k, p in model.own_parameters().items())
+    names = list(model.own_parameters())
+    assert "llm.embed.weight" in names and not any(name.startswith("vision") for name in names)
     save_model(plus(), tmp_path / "half")
     other = AquilaPlus(dataclasses.replace(PLUS, full_llm=True), model.vision)
     embed = other.llm.embed.weight.clone()
-    load_trained(other, tmp_path / "half", only_known=True)
+    load_checkpoint(other, tmp_path / "half", only_known=True)
     assert torch.equal(other.llm.embed.weight, embed)
     assert torch.equal(other.extractor.out.weight, model.extractor.out.weight)

@@ -133,7 +133,7 @@ def test_queries_see_all_four_scales():
 
 
 def test_position_codes_share_one_frame():
-    """A coarse cell's code is the code of the place where its centre lies: of 2x2 fine cells, the middle."""
+    """A coarse cell's code is the code of the place where its center lies: of 2x2 fine cells, the middle."""
     fine, coarse = position_codes(8, 8, 4, 32), position_codes(4, 4, 8, 32)
     y, x = (torch.arange(8) + 0.5)[:, None] * 4, (torch.arange(4) + 0.5)[:, None] * 8
     freq = 10000.0 ** (-torch.arange(8) / 8)

@@ -17,7 +17,7 @@ EPS = {"convnext_large": 1e-6, "convnext_xxlarge": 1e-5}       # timm's own; the
 
 
 @torch.no_grad()
-def randomise(model, seed):
+def randomize(model, seed):
     """No parameter keeps its start value; the stream stays small, so that the norms' epsilon shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -48,7 +48,7 @@ def small_convnext_xxlarge(**options):
 @pytest.mark.parametrize("name", EPS)
 @pytest.mark.parametrize("height, width", [(64, 64), (96, 160), (32, 32)])
 def test_maps_and_gradients_equal_timm(tmp_path, name, height, width):
-    peer = randomise(timm.create_model(f"small_{name}", num_classes=10), seed=height)
+    peer = randomize(timm.create_model(f"small_{name}", num_classes=10), seed=height)
     save_file(peer.state_dict(), tmp_path / "timm.safetensors")
     ours = load_convnext(tmp_path / "timm.safetensors", ConvNeXtConfig(**SMALL, eps=EPS[name]))
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(width))
@@ -67,7 +67,7 @@ def test_maps_and_gradients_equal_timm(tmp_path, name, height, width):
 def test_an_open_clip_model_loads(tmp_path, name, head):
     vision = dict(timm_model_name=f"small_{name}", timm_pool="avg", timm_proj=head, image_size=64)
     text = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
-    clip = randomise(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), seed=2)
+    clip = randomize(open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text), seed=2)
     torch.save(clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     ours = load_convnext(tmp_path / "open_clip_pytorch_model.bin", ConvNeXtConfig(**SMALL, eps=EPS[name]))
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))

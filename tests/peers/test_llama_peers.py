@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import transformers
 from conftest import claim, claim_same, difference
 
-from fast_decoding import decoder
-from llama import (HUGGING_FACE, generate, load_llama, load_lora, names_of, plain_decode, rope_frequencies, rotary,
+from fast_decoding import fastest_step
+from llama import (HUGGING_FACE, generate, load_llama, load_lora, names_of, plain_step, rope_frequencies, rotary,
                    save_llama, save_lora)
 from lora import apply_lora, lora_layers, merge_lora
 
@@ -40,7 +40,7 @@ TRANSFORMERS, META, PEFT = "Llama = transformers'", "Llama = Meta's model.py", "
 
 
 @torch.no_grad()
-def randomise(model):
+def randomize(model):
     for p in model.parameters():
         p.normal_(std=p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3).add_(p.ndim == 1)
     return model.eval()
@@ -49,7 +49,7 @@ def randomise(model):
 def peer(name):
     torch.manual_seed(0)
     options = dict(vocab_size=90, intermediate_size=52, num_hidden_layers=3, rms_norm_eps=1e-5) | SIZES[name]
-    return randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)))
+    return randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)))
 
 
 IDS = torch.randint(90, (2, 70), generator=torch.Generator().manual_seed(1))
@@ -91,8 +91,8 @@ def test_greedy_tokens(tmp_path, name):
     ours, prompt = load_llama(tmp_path), IDS[:1, :9]
     theirs = model.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     x = ours.embed(prompt)
-    for step in (plain_decode, decoder(ours, x)):
-        tokens = [int(i) for i in generate(ours, x, max_new_tokens=30, decode=step)]
+    for step in (plain_step, fastest_step(ours, x)):
+        tokens = [int(i) for i in generate(ours, x, max_new_tokens=30, next_logits=step)]
         claim_same(f"{TRANSFORMERS}, greedy tokens", tokens, theirs.tolist())
 
 
@@ -143,7 +143,7 @@ def meta_model(monkeypatch):
 
     def make(**params):
         torch.manual_seed(0)
-        return randomise(model.Transformer(args.ModelArgs(max_batch_size=2, max_seq_len=128, **params)))
+        return randomize(model.Transformer(args.ModelArgs(max_batch_size=2, max_seq_len=128, **params)))
 
     return make
 

@@ -46,7 +46,7 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     built = build(PRESETS["tiny"])
     with torch.no_grad():
-        for p in built.trained().values():
+        for p in built.own_parameters().values():
             p.add_(0.1 * torch.randn(p.shape))
     save_model(built, folder)
     return folder

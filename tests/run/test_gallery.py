@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ByteTokenizer
 import torch
 from PIL import Image
 
@@ -21,7 +22,6 @@ from data import encode_turns
 from checks import attention
 from pictures import gallery
 from pictures.image_files import load_image, to_tensor
-from tokenizer import ByteTokenizer
 
 BAD = '<script>alert("1")</script>'
 ROWS = [
@@ -209,7 +209,7 @@ def test_weights_are_those_of_the_first_sfi(model, images):
 def test_weights_are_those_of_an_mda_layer(config, model, images):
     ids = prompts(config, "Hi. <image> What?", "Hm! <image> Where")
     weights = attention.sfi_weights(model, images, "2", ids)
-    x, before_layer = model.embed_prompt({"ids": ids, "images": images})
+    x, before_layer = model.embed_batch({"ids": ids, "images": images})
     seen = {}
     model.llm(x, before_layer=lambda i, x: before_layer(i, seen.setdefault(i, x)))
     hidden = seen[2][ids < 0].view(2, 4, -1)

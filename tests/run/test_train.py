@@ -28,8 +28,8 @@ def one_step(small, lora, batches):
     model = small(lora=lora).train()
     params = list(set_stage(model, 2).values())
     optimizer = torch.optim.SGD(params, lr=0.0)
-    loss, norm, _ = train.train_step(model, optimizer, batches, params, 0.01, PLAIN, clip=1e9)
-    return loss, norm, {k: p.detach().clone() for k, p in model.trained().items()}
+    loss, norm, _ = train.train_step(model, optimizer, batches, params, 0.01, PLAIN, max_norm=1e9)
+    return loss, norm, {k: p.detach().clone() for k, p in model.own_parameters().items()}
 
 
 def test_accumulation_equals_one_big_batch(small, lora):
@@ -245,7 +245,7 @@ def broken(tmp_path):
         "JSON cut off": (data("4.jsonl", line(image="whole.png") + line()[:40]), "line 2: not valid JSON"),
         "answer first": (data("5.jsonl", line(conversations=row["conversations"][::-1])), "turns are from"),
         "unknown preset": (("--preset", "huge"), "unknown preset 'huge'"),
-        "stage 2 without stage 1": (("--stage", 2, "--init-from", tmp_path / "nothing"), "run --stage 1 first"),
+        "stage 2 without stage 1": (("--stage", 2, "--init-from", tmp_path / "nothing"), "give another --init-from"),
         "out cannot be written": (("--out", tmp_path / "file/run", "--scenes", 2), "cannot be written"),
         "batch does not divide": (("--batch", 7, "--micro", 2, "--scenes", 2), "not a multiple"),
         "no third stage": (("--stage", 3), "tiny has the stages 1, 2"),
