@@ -1,8 +1,8 @@
 """
 What the tests share: two threads, a small random Aquila with rows for it, and the claims.
 
-A claim is an equality with a formulation that is published or independent. `claim` and `claim_same` check one; what
-this run measured stands as a table at its end.
+A claim is an equality with a formulation that is published or independent. `assert_near` and `assert_same` check one;
+what this run measured stands as a table at its end.
 """
 import contextlib
 import dataclasses
@@ -115,14 +115,14 @@ LARGEST = {}                                # what is claimed: the largest diffe
 EQUAL = {}                                  # what is claimed: how many items were equal
 
 
-def claim(text, measured, limit):
+def assert_near(text, measured, limit):
     """Assert measured <= limit; the table tells the largest measured."""
     measured = float(measured)
     LARGEST[text] = max(LARGEST.get(text, 0.0), measured)
     assert measured <= limit, f"{text}: the difference is {measured:.1e}, at most {limit:g} was expected"
 
 
-def claim_same(text, ours, theirs):
+def assert_same(text, ours, theirs):
     """Assert that two lists are equal; the table tells how many items were compared."""
     assert ours == theirs, text
     EQUAL[text] = EQUAL.get(text, 0) + len(ours)

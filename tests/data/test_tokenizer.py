@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import GOLDEN, claim_same, one_line
+from conftest import GOLDEN, assert_same, one_line
 
 from tokenizer import BYTE_OF, Llama3Tokenizer, SentencePieceTokenizer, cut_long_runs, load_tokenizer
 
@@ -85,7 +85,7 @@ def test_typed_specials_stay_text(every, name):
 def test_byte_level_bpe_equals_hugging_face(every, name):
     """Also where ids do not follow the order of the merges, and where no merge leads to a token (both in "split")."""
     ids = [every[name].encode(text) for text in IDS["texts"]]
-    claim_same("byte pairs = Hugging Face's tokenizers, texts (golden files)", ids, IDS[name])
+    assert_same("byte pairs = Hugging Face's tokenizers, texts (golden files)", ids, IDS[name])
     assert [every[name].decode(i) for i in ids] == IDS[f"{name}.decoded"]
 
 

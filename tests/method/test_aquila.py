@@ -12,7 +12,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, ROWS, SMALL, ByteTokenizer, claim, command_line, difference, prompt
+from conftest import ROOT, ROWS, SMALL, ByteTokenizer, assert_near, command_line, difference, prompt
 
 from aquila import (PRESETS, TRAINS, Aquila, LoRAConfig, build, config_from_dict, config_to_dict, load_checkpoint,
                     part_of, save_model, set_stage)
@@ -30,7 +30,7 @@ def test_text_alone_is_the_base_lm_bit_for_bit(small, integration, mda):
     batch = collate([prompt("no image here"), prompt("nor here, and longer")])
     ids = batch["ids"]
     logits = model({**batch, "labels": None})[1]
-    claim("Aquila on text alone = its LM, logits", difference(logits, model.llm(ids)), 0)
+    assert_near("Aquila on text alone = its LM, logits", difference(logits, model.llm(ids)), 0)
     ours = list(model.generate({**batch, "labels": None}, stop_ids=(), max_new_tokens=5))
     cache = KVCache(SMALL.llm, 2, ids.shape[1] + 5, torch.float32, "cpu")
     logits = model.llm(ids, cache=cache, at=(torch.arange(2), batch["lengths"] - 1))
@@ -54,7 +54,7 @@ def test_a_batch_equals_its_rows_one_by_one(small, heads):
     loss, logits, n = model(collate(ROWS))
     singles = [model(collate([row])) for row in ROWS]
     assert n == sum(s[2] for s in singles)
-    claim("Aquila on a batch = on its rows, logits", difference(logits, torch.cat([s[1] for s in singles])), 1e-5)
+    assert_near("Aquila on a batch = on its rows, logits", difference(logits, torch.cat([s[1] for s in singles])), 1e-5)
     assert abs(loss - sum(s[0] for s in singles)) <= 1e-5 * loss
     steps = torch.stack(list(model.generate(collate(ROWS), stop_ids=(), max_new_tokens=6)))
     for i, row in enumerate(ROWS):
@@ -99,7 +99,7 @@ def test_loss_is_the_textbook_loss(small):
     target = batch["labels"][:, 1:].flatten()
     expected = F.cross_entropy(every[:, :-1].flatten(0, 1), target, ignore_index=IGNORE, reduction="sum")
     assert logits.shape == (n, 264) and n == int((target != IGNORE).sum())
-    claim("loss = the textbook's", difference(loss, expected), 1e-5)
+    assert_near("loss = the textbook's", difference(loss, expected), 1e-5)
 
 
 def test_grad_checkpoint_changes_no_gradient(small, lora):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, claim, difference, one_line
+from conftest import GOLDEN, ROOT, assert_near, difference, one_line
 from safetensors.torch import load_file, save_file
 
 from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext, read_config
@@ -39,7 +39,7 @@ def test_every_map_equals_timm(golden, eps, other):
     maps = load_convnext(WEIGHTS, ConvNeXtConfig(DEPTHS, DIMS, float(eps)))(golden["images"])
     assert len(maps) == 4
     for s, x in enumerate(maps):
-        claim("ConvNeXt = timm's, all four maps (golden files)", difference(x, golden[f"eps{eps}.map{s}"]), 1e-5)
+        assert_near("ConvNeXt = timm's, all four maps (golden files)", difference(x, golden[f"eps{eps}.map{s}"]), 1e-5)
         assert difference(x, golden[f"eps{other}.map{s}"]) > 1e-3                  # the golden files see the epsilon
 
 

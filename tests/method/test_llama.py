@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, claim, claim_same, difference, one_line
+from conftest import GOLDEN, ROOT, assert_near, assert_same, difference, one_line
 from safetensors.torch import load_file, save_file
 
 import fast_decoding
@@ -122,7 +122,7 @@ def test_meta_files_give_the_logits_of_the_naive_formulation(tmp_path, shards, e
     model = load_llama(tmp_path)
     assert dataclasses.replace(model.config, max_len=8192) == META_CONFIG
     apart = difference(model(ids)[0], meta_logits(state, META_CONFIG, ids[0]))
-    claim("Llama = Meta's formulation, written naively in float64, logits", apart, 1e-5)
+    assert_near("Llama = Meta's formulation, written naively in float64, logits", apart, 1e-5)
 
 
 @pytest.mark.parametrize("changes", [
@@ -140,7 +140,7 @@ def test_attention_rope_and_norm_equal_the_naive_formulation(changes):
         p.copy_(theirs)
     for row, row_ids in zip(model(ids), ids):
         apart = difference(row, meta_logits(state, config, row_ids))
-        claim("Llama = Meta's formulation, written naively in float64, logits", apart, 1e-5)
+        assert_near("Llama = Meta's formulation, written naively in float64, logits", apart, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -151,7 +151,7 @@ def test_cached_equals_uncached(steps):
     model, ids = random_llama(), random_ids(1, 12)
     cache = KVCache(model.config, 1, 12, torch.float32, "cpu")
     logits = torch.cat([model(part, cache=cache) for part in ids.split(steps, 1)], 1)
-    claim("cached decoding = uncached, logits", difference(logits, model(ids)), 1e-5)
+    assert_near("cached decoding = uncached, logits", difference(logits, model(ids)), 1e-5)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def test_cached_rows_of_unequal_length_go_on_at_their_own_place():
     rest = torch.stack([row[n:] for row, n in zip(rows, lengths)])
     logits = torch.cat([model(part, cache=cache) for part in rest.split(more, 1)], 1)
     for b, n in enumerate(lengths):
-        claim("cached decoding = uncached, logits", difference(logits[b], model(rows[b][None])[0, n:]), 1e-5)
+        assert_near("cached decoding = uncached, logits", difference(logits[b], model(rows[b][None])[0, n:]), 1e-5)
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ def test_fast_decoding_gives_the_same_tokens(lora):
     model = random_llama(lora)
     assert fastest_step(model, torch.zeros(1, 3, 24)) is not plain_step is fastest_step(model, torch.zeros(2, 3, 24))
     for prompts in ([PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]], [PROMPTS[3]], PROMPTS):
-        claim_same("fast decoding = plain, tokens", sum(answers(model, prompts, fast=True), []),
+        assert_same("fast decoding = plain, tokens", sum(answers(model, prompts, fast=True), []),
                    sum(answers(model, prompts), []))
 
 
@@ -301,7 +301,7 @@ def test_compiled_decoding_gives_the_same_tokens(lora):
 
     compile_decoding(model, backend)
     for prompts, n in ((PROMPTS, 12), (PROMPTS[1:2], 20), (PROMPTS[1:2], 31)):
-        claim_same("fast decoding = plain, tokens", sum(answers(model, prompts, n, fast=True), []),
+        assert_same("fast decoding = plain, tokens", sum(answers(model, prompts, n, fast=True), []),
                    sum(answers(model, prompts, n), []))
     # One graph for a batch, one for a lone vector, perhaps one for other lengths; all layers share them.
     assert 2 <= len(graphs) <= 3
@@ -325,7 +325,7 @@ def test_one_fast_step_equals_a_plain_one(dtype, near, lengths, lone, fixed_shap
         theirs = plain_step(model, ids[:rows, step], caches[1])
         assert ours.shape == (rows, 50) and ours.dtype == dtype
         if dtype == torch.float32:
-            claim("fast decoding = plain, logits of a step (float32)", difference(ours, theirs), near)
+            assert_near("fast decoding = plain, logits of a step (float32)", difference(ours, theirs), near)
         assert difference(ours, theirs) <= near
     assert caches[0].filled == caches[1].filled and torch.equal(caches[0].lengths, caches[1].lengths)
     assert difference(caches[0].k, caches[1].k) < near and difference(caches[0].v, caches[1].v) < near
@@ -397,7 +397,7 @@ def edit_json(path, **changes):
 @torch.no_grad()
 def test_logits_equal_transformers(published):
     folder, ids, logits = published
-    claim("Llama = transformers', logits (golden files)", difference(load_llama(folder)(ids), logits), 1e-5)
+    assert_near("Llama = transformers', logits (golden files)", difference(load_llama(folder)(ids), logits), 1e-5)
 
 
 @pytest.mark.parametrize("name, changes", [

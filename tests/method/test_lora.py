@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, claim, difference, one_line
+from conftest import GOLDEN, assert_near, difference, one_line
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, LlamaConfig, load_llama, load_lora, save_llama, save_lora
@@ -112,10 +112,10 @@ def test_the_merged_model_is_a_hugging_face_folder(tmp_path):
 def test_an_adapter_of_peft(published):
     out = load_file(GOLDEN / "llama_logits.safetensors")
     model = load_lora(load_llama(published), GOLDEN / "lora")
-    claim("LoRA = peft's, logits (golden files)", difference(model(out["gqa.ids"]), out["lora.logits"]), 1e-5)
+    assert_near("LoRA = peft's, logits (golden files)", difference(model(out["gqa.ids"]), out["lora.logits"]), 1e-5)
     assert difference(out["gqa.logits"], out["lora.logits"]) > 1e-2                # so the file does see the adapter
     merged = merge_lora(model)(out["gqa.ids"])
-    claim("LoRA = peft's, logits (golden files)", difference(merged, out["lora.logits"]), 1e-5)
+    assert_near("LoRA = peft's, logits (golden files)", difference(merged, out["lora.logits"]), 1e-5)
 
 
 def test_what_is_saved_is_what_peft_writes(published, tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ByteTokenizer, claim, randomize, SMALL
+from conftest import ByteTokenizer, assert_near, randomize, SMALL
 
 import aquila
 from aquila import TRAINS, AquilaPlus, LoRAConfig, load_model, load_checkpoint, part_of, save_model, set_stage
@@ -56,7 +56,7 @@ def test_pooling_equals_a_loop_over_pixels(pooling, size):
     pooled = mask_pool(features, masks, pooling)
     expected = torch.stack([torch.stack([by_pixels(f, m, pooling) for m in own]) for f, own in zip(features, masks)])
     assert not pooled[1, 2].any()
-    claim("mask pooling = a loop over pixels (float64)", (pooled - expected).abs().max(), 1e-12)
+    assert_near("mask pooling = a loop over pixels (float64)", (pooled - expected).abs().max(), 1e-12)
 
 
 def test_small_regions_area_keeps_binary_loses():

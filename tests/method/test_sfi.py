@@ -7,7 +7,7 @@ attention with a mask. Also: windows lie where they should, and a query sees its
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import claim
+from conftest import assert_near
 
 from convnext import ConvNeXt, ConvNeXtConfig
 from sfi import SFI, ConcatMap, ConcatTokens, ImageTokens, Pyramid, attention_weights, position_codes, window_partition
@@ -60,7 +60,7 @@ def test_three_formulations_agree_with_their_gradients(heads, grid, shared):
     for what, other in (("the printed SFI", printed), ("global attention with a mask", masked)):
         for ours, theirs in zip(folded, other):
             apart = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
-            claim(f"folded SFI = {what}, outputs and gradients (float64)", apart, 1e-10)
+            assert_near(f"folded SFI = {what}, outputs and gradients (float64)", apart, 1e-10)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

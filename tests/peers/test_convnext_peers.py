@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import claim, difference
+from conftest import assert_near, difference
 from safetensors.torch import save_file
 
 from convnext import CONVNEXTS, ConvNeXt, ConvNeXtConfig, load_convnext
@@ -54,12 +54,12 @@ def test_maps_and_gradients_equal_timm(tmp_path, name, height, width):
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(width))
     theirs, mine = maps_of(peer, images), ours(images)
     for s in range(4):
-        claim("ConvNeXt = timm's, all four maps", difference(mine[s], theirs[s]), 1e-5)
+        assert_near("ConvNeXt = timm's, all four maps", difference(mine[s], theirs[s]), 1e-5)
     for maps in (theirs, mine):
         sum(x.square().mean() / x.detach().square().mean() for x in maps).backward()
     gradients = {key: p.grad for key, p in peer.named_parameters()}
     for key, p in ours.named_parameters():
-        claim("ConvNeXt = timm's, gradients", difference(p.grad, gradients[key]), 1e-4)          # sums of both signs
+        assert_near("ConvNeXt = timm's, gradients", difference(p.grad, gradients[key]), 1e-4)   # sums of both signs
 
 
 @pytest.mark.parametrize("name", EPS)
@@ -74,7 +74,7 @@ def test_an_open_clip_model_loads(tmp_path, name, head):
     with torch.no_grad():
         theirs, mine = maps_of(clip.visual.trunk, images), ours(images)
         for s in range(4):
-            claim("ConvNeXt = open_clip's, all four maps", difference(mine[s], theirs[s]), 1e-5)
+            assert_near("ConvNeXt = open_clip's, all four maps", difference(mine[s], theirs[s]), 1e-5)
         # The maps are what CLIP itself goes on from: its own head on our last map gives its image feature.
         feature = clip.visual.head(clip.visual.trunk.forward_head(mine[-1]))
         assert difference(feature, clip.visual(images)) <= 1e-5

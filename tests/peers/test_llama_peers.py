@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import claim, claim_same, difference
+from conftest import assert_near, assert_same, difference
 
 from fast_decoding import fastest_step
 from llama import (HUGGING_FACE, generate, load_llama, load_lora, names_of, plain_step, rope_frequencies, rotary,
@@ -62,12 +62,12 @@ def test_logits_and_gradients(tmp_path, name):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     ours = load_llama(tmp_path)
     logits, theirs = ours(IDS), model(IDS).logits
-    claim(f"{TRANSFORMERS}, logits", difference(logits, theirs), LIMIT)
+    assert_near(f"{TRANSFORMERS}, logits", difference(logits, theirs), LIMIT)
     for out in (logits, theirs):
         F.cross_entropy(out.flatten(0, 1), IDS.flatten()).backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
     for key, p in ours.named_parameters():
-        claim(f"{TRANSFORMERS}, gradients", difference(p.grad, gradients[names_of(key)[HUGGING_FACE]]), LIMIT)
+        assert_near(f"{TRANSFORMERS}, gradients", difference(p.grad, gradients[names_of(key)[HUGGING_FACE]]), LIMIT)
 
 
 @pytest.mark.parametrize("position", [0, 9000, 100000])
@@ -81,7 +81,7 @@ def test_far_positions(tmp_path, name, position):
     theirs = model.model.rotary_emb(torch.randn(1, 4, model.config.hidden_size), positions)
     for our_angles, their_angles in zip(rotary(load_llama(tmp_path).config, positions, torch.float32), theirs):
         apart = difference(our_angles.reshape(their_angles.shape), their_angles)
-        claim(f"{TRANSFORMERS}, rotary angles up to position 100,003", apart, 1e-6)
+        assert_near(f"{TRANSFORMERS}, rotary angles up to position 100,003", apart, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["grouped-query", "tied"])
@@ -93,7 +93,7 @@ def test_greedy_tokens(tmp_path, name):
     x = ours.embed(prompt)
     for step in (plain_step, fastest_step(ours, x)):
         tokens = [int(i) for i in generate(ours, x, max_new_tokens=30, next_logits=step)]
-        claim_same(f"{TRANSFORMERS}, greedy tokens", tokens, theirs.tolist())
+        assert_same(f"{TRANSFORMERS}, greedy tokens", tokens, theirs.tolist())
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -110,7 +110,7 @@ def test_transformers_reads_what_we_save(tmp_path, name, dtype):
                 "max_position_embeddings", "num_key_value_heads", "vocab_size", "intermediate_size"):
         assert getattr(model.config, key) == getattr(config, key), key
     apart = difference(model.float()(IDS).logits, load_llama(tmp_path / "ours")(IDS))
-    claim(f"{TRANSFORMERS}, logits, from files that we saved", apart, LIMIT)
+    assert_near(f"{TRANSFORMERS}, logits, from files that we saved", apart, LIMIT)
 
 
 # ---------------------------------------------------------------------------------------------- Meta's own code
@@ -164,7 +164,7 @@ def test_metas_files_on_metas_model(tmp_path, meta_model, shards, embedding_dim,
         torch.save(part, tmp_path / f"consolidated.{j:02}.pth")
     (tmp_path / "params.json").write_text(json.dumps(params))
     model.load_state_dict({k: p.float() for k, p in state.items()})
-    claim(f"{META}, logits", difference(load_llama(tmp_path)(IDS), model(IDS, 0)), LIMIT)
+    assert_near(f"{META}, logits", difference(load_llama(tmp_path)(IDS), model(IDS, 0)), LIMIT)
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def test_metas_scaled_rope(tmp_path, meta_model):
     torch.save(model.state_dict(), tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(params))
     ours, ids = load_llama(tmp_path), IDS[:1, :20] % 8
-    claim(f"{META}, logits", difference(ours(ids), model(ids, 0)), LIMIT)
+    assert_near(f"{META}, logits", difference(ours(ids), model(ids, 0)), LIMIT)
     angles = torch.outer(torch.arange(8).float(), rope_frequencies(ours.config))
     ours, theirs = torch.stack((angles.cos(), angles.sin()), -1), torch.view_as_real(model.freqs_cis[:8])
-    claim(f"{META}, rotary angles", difference(ours, theirs), 1e-6)
+    assert_near(f"{META}, rotary angles", difference(ours, theirs), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- peft
@@ -205,7 +205,7 @@ def test_pefts_adapter_in_our_model(tmp_path, targets):
     model.save_pretrained(tmp_path / "lora")
     ours = load_lora(load_llama(tmp_path / "base"), tmp_path / "lora")
     logits, theirs = ours(IDS), model(IDS).logits
-    claim(f"{PEFT}, logits", difference(logits, theirs), LIMIT)
+    assert_near(f"{PEFT}, logits", difference(logits, theirs), LIMIT)
     for out in (logits, theirs):
         out.square().mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
@@ -213,7 +213,7 @@ def test_pefts_adapter_in_our_model(tmp_path, targets):
         path = names_of(f"{name}.weight")[HUGGING_FACE].removesuffix(".weight")
         for part, p in (("A", m.lora_a), ("B", m.lora_b)):
             their_gradient = gradients[f"base_model.model.{path}.lora_{part}.default.weight"]
-            claim(f"{PEFT}, gradients", difference(p.grad, their_gradient), LIMIT)
+            assert_near(f"{PEFT}, gradients", difference(p.grad, their_gradient), LIMIT)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -227,11 +227,11 @@ def test_our_adapter_in_peft_and_the_merged_model_in_transformers(tmp_path, targ
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     expected = theirs(IDS).logits
-    claim(f"{PEFT}, logits", difference(ours(IDS), expected), LIMIT)
+    assert_near(f"{PEFT}, logits", difference(ours(IDS), expected), LIMIT)
     save_llama(merge_lora(ours), tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for logits in (theirs.merge_and_unload()(IDS).logits, expected):
-        claim(f"{PEFT}, merged, logits", difference(merged(IDS).logits, logits), LIMIT)
+        assert_near(f"{PEFT}, merged, logits", difference(merged(IDS).logits, logits), LIMIT)
 
 
 @pytest.mark.parametrize("option, value", [

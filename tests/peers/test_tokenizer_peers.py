@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import GOLDEN, claim_same
+from conftest import GOLDEN, assert_same
 
 from tokenizer import BYTE_OF, load_tokenizer
 
@@ -40,7 +40,7 @@ def same(what, ours, theirs, texts, encode):
         ids = encode(text)
         assert ours.decode(ids) == theirs.decode(ids), repr(text[:200])
         assert ours.encode(text) == ids, repr(text[:200])
-        claim_same(f"token ids = {what}, texts", [ours.encode(text)], [ids])
+        assert_same(f"token ids = {what}, texts", [ours.encode(text)], [ids])
 
 
 def check_byte_level(folder):

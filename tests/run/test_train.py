@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, ROWS, claim, command_line
+from conftest import ROOT, ROWS, assert_near, command_line
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,7 +38,8 @@ def test_accumulation_equals_one_big_batch(small, lora):
     parts = one_step(small, lora, [collate([row]) for row in ROWS])
     assert abs(whole[0] - parts[0]) < 1e-5 and abs(whole[1] - parts[1]) < 1e-4 * whole[1]
     for name, p in whole[2].items():
-        claim("accumulated micro-batches = one batch, weights after a step", (p - parts[2][name]).abs().max(), 1e-6)
+        far = (p - parts[2][name]).abs().max()
+        assert_near("accumulated micro-batches = one batch, weights after a step", far, 1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, lora):
@@ -145,7 +146,7 @@ def test_two_processes_train_as_one(data, stage1, tmp_path):
     one, two = (load_file(tmp_path / k / "model.safetensors") for k in ("one", "two"))
     start = load_file(stage1 / "model.safetensors")
     assert one.keys() == two.keys() and any(not torch.equal(one[k], start[k]) for k in start)
-    claim(AS_ONE, drifted(one, two), 1e-4)
+    assert_near(AS_ONE, drifted(one, two), 1e-4)
     losses = [[json.loads(line)["loss"] for line in (tmp_path / k / "log.jsonl").open()] for k in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
@@ -177,7 +178,7 @@ def test_two_processes_one_without_regions(data, tmp_path):
     code, err = torchrun_two(tmp_path / "logs", *flags, "--out", tmp_path / "two")
     assert code == 0, err
     one, two = (load_file(tmp_path / k / "model.safetensors") for k in ("one", "two"))
-    claim(AS_ONE, drifted(one, two), 1e-4)
+    assert_near(AS_ONE, drifted(one, two), 1e-4)
 
 
 def test_a_resumed_run_is_the_same_run(data, stage1, tmp_path):
