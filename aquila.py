@@ -5,7 +5,7 @@ Aquila: image -> ConvNeXt pyramid -> SFI -> image tokens -> Llama, with SFI agai
     python aquila.py --preset aquila-8b                     # what flows where: shapes, parameters, stages
     python aquila.py --model runs/tiny/stage2 --export DIR  # its LM for other programs (PEFT, transformers)
 
-Read sfi.py (the method) before, and llama.py and train.py next. Guesses where the paper is silent: grep ASSUMPTION.
+Read sfi.py (the method) before, convnext.py and llama.py next. Guesses where the paper is silent: grep ASSUMPTION.
 Shapes: B batch, T sequence, D LM width, C SFI width, L side of the query grid, N image tokens
 of an image, k window side at a scale, (c, H, W) a feature map, nh/nkv/hd heads.
 """
@@ -22,7 +22,8 @@ from torch import nn
 
 from convnext import CONVNEXTS, STRIDES, ConvNeXt, ConvNeXtConfig, load_convnext
 from fast_decoding import fastest_step
-from files.text import read_json, write_json
+from files.checked_json import Fields, make_config
+from files.text import naming, parse_json, read_json, write_json
 from files.weights import fill, open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, generate, load_llama
 from lora import LORA_TARGETS, apply_lora
@@ -41,7 +42,7 @@ class LoRAConfig:
     rank: int = 64
     alpha: float = 16
     dropout: float = 0.05
-    targets: tuple = LORA_TARGETS           # ASSUMPTION: all linear layers of the LM's blocks
+    targets: tuple[str, ...] = LORA_TARGETS                    # ASSUMPTION: all linear layers of the LM's blocks
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,23 @@ class AquilaConfig:
     dim: int = 1024                         # C
     heads: int = 1                          # of every SFI
     integration: str = "sfi"                # or "concat", the baseline of Table 5
-    mda_layers: tuple = tuple(range(0, 32, 4))      # SFI before these LM layers; () is no MDA. ASSUMPTION: every fourth
+    mda_layers: tuple[int, ...] = tuple(range(0, 32, 4))  # SFI before these LM layers, () none; ASSUMPTION: each fourth
     chat: str = "llama-3"                   # ASSUMPTION: the Instruct model, so its chat format
     max_len: int = 4096                     # tokens of a prompt and its answer, image tokens included
     region_dim: int = 0                     # width of Aquila-plus's mask extractor; 0: no regions, Aquila
     region_side: int = 224                  # side of the mask that the spatial token reads
-    pooling: str = "area"                   # of cells under a mask, also of the spatial one; or "binary", Osprey's way
+    pooling: str = "area"                   # what a cell under a mask weighs: its covered share; or "binary" (Osprey)
     lora: LoRAConfig | None = None
     full_llm: bool = False                  # the LM's own weights were trained, too, and are in the checkpoint
     vision_file: str | None = None          # where the frozen parts lie
     llm_dir: str | None = None
 
     def __post_init__(self):
-        if self.image_size % STRIDES[-1] or self.image_size < STRIDES[-1]:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of {STRIDES[-1]}")
-        if self.integration not in ("sfi", "concat"):
-            raise ValueError(f"integration {self.integration!r}: expected sfi or concat")
+        if self.image_size % STRIDES[-1] or not 0 < self.image_size <= 8192 or self.region_side > 8192:
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of {STRIDES[-1]}, no side over 8192")
+        for name, known in (("integration", "sfi concat"), ("fit", "resize letterbox"), ("pooling", "area binary")):
+            if getattr(self, name) not in known.split():
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected {' or '.join(known.split())}")
         wrong = [i for i in self.mda_layers if not 0 <= i < self.llm.n_layers]
         if wrong:
             raise ValueError(f"mda_layers {wrong}: the LM has layers 0 to {self.llm.n_layers - 1}")
@@ -151,12 +153,12 @@ class Aquila(nn.Module):
             apply_lora(self.llm, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
 
     def own_parameters(self):
-        """{name: parameter} of what was trained here, not read from the published files: what a checkpoint holds."""
+        """{name: parameter} of what is ours, not read from the published files: what a checkpoint holds."""
         published = ("vision",) if self.config.full_llm else ("vision", "llm")
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
     def checksums(self):
-        """{frozen part: checksum of 64 values of each tensor, as bfloat16}: the same for every layout and dtype."""
+        """{frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16."""
         trained, sums = self.own_parameters(), {}
         for name, p in self.named_parameters():
             if name not in trained:
@@ -175,7 +177,7 @@ class Aquila(nn.Module):
         return pyramid, self.tokens(pyramid, grid)
 
     def embed_batch(self, batch):
-        """-> the prompt's embeddings (B, T, D), and MDA as the LM's before_layer (None without images)."""
+        """-> the prompt's embeddings (B, T, D), and MDA as the LM's before_layer (None without image or MDA layers)."""
         ids, images = batch["ids"], batch["images"]
         x = self.llm.embed(ids.clamp(min=0))
         slots = ids == IMAGE_SLOT                                                  # (B, T)
@@ -224,6 +226,10 @@ class Aquila(nn.Module):
 
     def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
+        prompt, most = int(batch["lengths"].max()), self.config.max_len
+        if prompt + max_new_tokens > most:
+            raise ValueError(f"a prompt of {prompt} tokens and --max-new-tokens {max_new_tokens} need more than the "
+                             f"{most} places of this model (max_len); at most {max(most - prompt, 0)} new tokens fit")
         with torch.inference_mode():
             x, mda = self.embed_batch(batch)
             yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, mda,
@@ -298,11 +304,8 @@ def config_to_dict(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(d):
-    d = {**d, "vision": VisionConfig(**d["vision"]), "llm": LMConfig(**d["llm"]), "mda_layers": tuple(d["mda_layers"])}
-    if d["lora"]:
-        d["lora"] = LoRAConfig(**{**d["lora"], "targets": tuple(d["lora"]["targets"])})
-    return AquilaConfig(**d)
+def config_from_dict(d, where="config"):
+    return make_config(AquilaConfig, d, where, vision=VisionConfig, llm=LMConfig)
 
 
 def locate_weights(path, what):
@@ -325,32 +328,39 @@ def build(config, dtype=torch.float32, device="cpu"):
 
 
 def save_model(model, folder):
-    """Write the trained part (model.safetensors) and config.json, which says where the frozen parts lie."""
+    """Write what is ours (model.safetensors), and config.json, which says where the published parts lie."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", model.own_parameters(), {"frozen": json.dumps(model.checksums())})
     write_json(folder / "config.json", config_to_dict(model.config))
 
 
-def load_checkpoint(model, folder, only_known=False):
+def load_checkpoint(model, folder, new_parts_keep_start=False):
     """
-    Fill the trained part from a checkpoint folder; every tensor must fit. only_known: what the checkpoint has not
-    (LoRA or the LM, when the stage before did not train it) keeps its start. The frozen parts must be the same.
+    Fill what is ours from a checkpoint folder; every tensor must fit, and the frozen parts must be the same.
+    new_parts_keep_start: LoRA or the LM's weights may be missing there, when the stage before did not train them.
     """
     path = pathlib.Path(folder, "model.safetensors")
-    frozen = json.loads((open_safetensors(path).metadata() or {}).get("frozen", "{}"))
+    told, where = (open_safetensors(path).metadata() or {}).get("frozen", "{}"), f"{path}: 'frozen'"
+    frozen = Fields(parse_json(told, where), where).values
     for part, checksum in model.checksums().items():
         if frozen.get(part, checksum) != checksum:
             now = model.config.vision_file if part == "vision" else model.config.llm_dir
             raise ValueError(f"{path}: was trained on other weights than those of {now}; give with --{part} the "
                              "ones it was trained on, or train again")
-    stored, new = open_tensors(path), ("lora", "llm") if only_known else ()
+    stored, new = open_tensors(path), ("lora", "llm") if new_parts_keep_start else ()
     wanted = {name: p for name, p in model.own_parameters().items() if name in stored or part_of(name) not in new}
     fill(wanted, stored.items(), path)
 
 
 def load_config(folder):
-    return config_from_dict(read_json(pathlib.Path(folder, "config.json")))
+    """The config of a checkpoint. It claims sizes: they are compared with the tensors before a model is built."""
+    path, weights = pathlib.Path(folder, "config.json"), pathlib.Path(folder, "model.safetensors")
+    config = config_from_dict(read_json(path), path)
+    with naming(path), torch.device("meta"):
+        claimed = assemble(config)
+    fill(claimed.own_parameters(), open_tensors(weights).items(), weights)
+    return config
 
 
 def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu"):

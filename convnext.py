@@ -9,25 +9,28 @@ it mirrors, so the loader's map is mostly the identity. What may surprise:
 """
 import re
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from files.weights import fill, open_tensors
+from files.text import naming
+from files.weights import fill_new, open_tensors
 
 STRIDES = (4, 8, 16, 32)                    # of the four maps, in pixels
 
 
 @dataclass(frozen=True)
 class ConvNeXtConfig:
-    depths: tuple                           # blocks in each of the four stages
-    dims: tuple                             # channels of each stage
+    depths: tuple[int, ...]                 # blocks in each of the four stages
+    dims: tuple[int, ...]                   # channels of each stage
     eps: float = 1e-6
 
     def __post_init__(self):                # JSON gives lists; a config that was saved must equal itself
         object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "dims", tuple(self.dims))
+        if max(self.depths, default=0) > 1000 or not len(self.depths) == len(self.dims) == 4 or min(self.dims) < 1:
+            raise ValueError(f"depths {self.depths}, dims {self.dims}: expected four of each, at most 1,000 blocks")
 
 
 CONVNEXTS = {
@@ -133,26 +136,25 @@ LEFT_OUT = {                                # layout: how names begin, as the fi
 def load_convnext(path, config=None, dtype=torch.float32, device="cpu"):
     """A file of open_clip, timm or facebookresearch/ConvNeXt -> ConvNeXt; config None: read from the shapes."""
     stored = open_tensors(path)
-    file_names = match_names(path, stored)                     # our name: the file's
-    found = read_config(path, {ours: stored[name].shape for ours, name in file_names.items()})
+    with naming(path):
+        file_names = match_names(stored)                       # our name: the file's
+        found = read_config({ours: stored[name].shape for ours, name in file_names.items()})
     config = config or found
     if (config.depths, config.dims) != (found.depths, found.dims):
         raise ValueError(f"{path}: holds depths {found.depths}, dims {found.dims}, but the config says depths "
                          f"{config.depths}, dims {config.dims}; give the other file, or no config")
     with torch.device("meta"):
         model = ConvNeXt(config).to(dtype)
-    model.to_empty(device=device)
-    targets = {file_names.get(ours, ours): p for ours, p in model.named_parameters()}
-    fill(targets, [(name, stored[name]) for name in file_names.values()], path)
-    return model.eval()
+    named = lambda model: {file_names.get(ours, ours): p for ours, p in model.named_parameters()}
+    return fill_new(model, device, named, [(name, stored[name]) for name in file_names.values()], path)
 
 
-def match_names(path, names):
+def match_names(names):
     """-> {our name: the file's name}, without what is left out on purpose."""
     found = [layout for layout, (starts, _) in LAYOUTS.items()
              if any(name.removeprefix("module.").startswith(starts) for name in names)]
     if not found:
-        raise ValueError(f"{path}: no ConvNeXt in it; names begin {list(names)[:3]}, expected those of {list(LAYOUTS)}")
+        raise ValueError(f"no ConvNeXt in it; names begin {list(names)[:3]}, expected those of {list(LAYOUTS)}")
     layout, matched = found[0], {}
     for name in names:
         ours = name.removeprefix("module.")                    # added by DistributedDataParallel
@@ -162,12 +164,12 @@ def match_names(path, names):
         for pattern, to in RENAME.get(layout, ()):
             ours = re.sub("^" + pattern, to, ours)
         if ours in matched:
-            raise ValueError(f"{path}: {matched[ours]} and {name} are both {ours}; keep one of them")
+            raise ValueError(f"{matched[ours]} and {name} are both {ours}; keep one of them")
         matched[ours] = name
     return matched
 
 
-def read_config(path, shapes):
+def read_config(shapes):
     """Depths and dims from {our name: shape}; epsilon from the size."""
     depths, dims = [], []
     for stage in range(4):
@@ -176,10 +178,9 @@ def read_config(path, shapes):
         told_by = [shape for name, shape in blocks.items() if name.endswith(("norm.weight", "gamma", "conv_dw.bias"))]
         widths = Counter(shape[0] for shape in told_by if shape)
         if not widths:
-            raise ValueError(f"{path}: no norm or gamma in stages.{stage}.blocks; expected a ConvNeXt of four stages")
-        depths.append(1 + max(int(name.split(".")[3]) for name in blocks))
+            raise ValueError(f"no norm or gamma in stages.{stage}.blocks; expected a ConvNeXt of four stages")
+        depths.append(len({name.split(".")[3] for name in blocks}))                # counted: numbers may be any
         dims.append(widths.most_common(1)[0][0])
-    for config in CONVNEXTS.values():       # for its epsilon
-        if (config.depths, config.dims) == (tuple(depths), tuple(dims)):
-            return config
-    return ConvNeXtConfig(depths, dims)
+    found = ConvNeXtConfig(depths, dims)
+    same = [config for config in CONVNEXTS.values() if replace(config, eps=found.eps) == found]
+    return same[0] if same else found       # for its epsilon

@@ -18,65 +18,49 @@ the second, as often as it is named. For scoring a record may have `references` 
     python data.py check FILE --images DIR      # every problem of every record; --fix OUT writes those without one
     python data.py show FILE --images DIR       # what a model reads, the learned tokens marked
 """
-import pathlib
+import difflib
 import re
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from files.text import one_line, parse_json
-from pictures.image_files import fit_image, fit_mask, load_image, to_tensor
+from files.text import naming, one_line, parse_json, regular_file
+from pictures.image_files import MAX_IMAGES, MAX_MASKS, fit_image, fit_mask, load_image, to_tensor
 from pictures.mask_files import decode_mask
 from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
 GRAY = (128, 128, 128)                      # the picture that a blind model is shown
-DEEPEST = 50                                # brackets within brackets of a record
+READ = ("conversations", "image", "masks", "references", "type")                   # keys of a record; slips are errors
+KNOWN = (*READ, "id", "sampling", "task", "tasks", "style")                        # the last three are no such slips
+near_keys = lru_cache(difflib.get_close_matches)                                   # a million records share a few keys
 
 
 # ---------------------------------------------------------------------------------------------- records
 
 def parse_records(path):
     """Yield (line number, record or ValueError) of a .jsonl file, or (position, record) of a .json list."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; expected a .jsonl or .json file of records")
-    data = path.read_bytes()
+    data = regular_file(path).read_bytes()
     if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        records = parse_value(data)
-        if isinstance(records, ValueError):
-            raise ValueError(f"{path}: {records}")
-        yield from enumerate(records, 1)
+        yield from enumerate(parse_json(data, path), 1)
         return
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
-            yield number, parse_value(line)
-
-
-def parse_value(data):
-    """Bytes -> a JSON value; a ValueError is returned, so that the records after it are still looked at."""
-    try:
-        value = parse_json(data)
-    except ValueError as e:
-        return e
-    layer = [[value]]
-    for _ in range(DEEPEST):
-        parts = [part.values() if isinstance(part, dict) else part for part in layer]
-        layer = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
-    return ValueError("brackets are nested too deeply") if layer else value
+            try:
+                record = parse_json(line)
+            except ValueError as e:         # the records after it are still looked at
+                record = e
+            yield number, record
 
 
 def read_records(path):
     """All records of a file as a list, checked for their form; ValueError with the line of the first bad one."""
     records = []
     for number, record in parse_records(path):
-        try:
-            if isinstance(record, ValueError):
-                raise record
+        with naming(f"{path}, line {number}"):
             check_form(record)
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {one_line(e)}") from None
         records.append({**record, "id": str(record.get("id", number))})
     if not records:
         raise ValueError(f"{path} holds no records")
@@ -90,19 +74,20 @@ def check_form(record):
 
 
 def form_problems(record):
-    """Yield (kind, text) for all that is wrong with a JSON value as a record, before a file is opened."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if isinstance(turns, list) and turns:
-        yield from turn_problems(turns)
-    else:
-        yield "form", "no 'conversations', expected a list of {from, value} turns"
+    """Yield (kind, text) for all that is wrong with a record, or what is in its place, before a file is opened."""
+    if isinstance(record, ValueError):
+        yield "not JSON", str(record)
+        return
+    yield from turn_problems(record.get("conversations") if isinstance(record, dict) else None)
     if not isinstance(record, dict):
         return
+    for key in filter(partial(meant, record), record):
+        yield "unknown key", f"unknown key {key[:60]!r}, near {meant(record, key)!r}: rename it or take it out"
     names, masks, references = image_names(record), record.get("masks"), record.get("references")
-    if not all(is_text(name) and name for name in names):
-        yield "form", f"image {str(record['image'])[:60]!r}: expected a path or a list of paths"
-    if not isinstance(masks, list | None) or masks and len(names) != 1:
-        yield "form", f"masks {str(masks)[:60]}: expected a list of masks, of the record's one image"
+    if len(names) > MAX_IMAGES or not all(is_text(name) and name for name in names):
+        yield "form", f"image {str(record['image'])[:60]!r}: expected a path or a list of paths, {MAX_IMAGES} at most"
+    if not isinstance(masks, list | None) or masks and (len(names) != 1 or len(masks) > MAX_MASKS):
+        yield "form", f"masks {str(masks)[:60]}: expected a list of masks, of its one image, {MAX_MASKS} at most"
     if "id" in record and not is_text(record["id"]) and type(record["id"]) is not int:
         yield "form", f"id {str(record['id'])[:60]!r}: expected text or a whole number"
     if references is not None and not (isinstance(references, list) and all(map(is_text, references))):
@@ -111,7 +96,16 @@ def form_problems(record):
         yield "form", f"type {str(record['type'])[:60]!r}: expected text"
 
 
+def meant(record, key):
+    """The key that an unknown one may be meant for, if the record lacks that one; else None."""
+    near = [] if key in KNOWN else near_keys(key.strip().lower(), READ, 1, 0.65)
+    return near[0] if near and record.get(near[0]) is None else None
+
+
 def turn_problems(turns):
+    if not isinstance(turns, list) or not turns:
+        yield "form", "no 'conversations', expected a list of {from, value} turns"
+        return
     readable = [turn if isinstance(turn, dict) else {} for turn in turns]
     for i, turn in enumerate(readable):
         if not is_text(turn.get("value")):
@@ -127,7 +121,7 @@ def turn_problems(turns):
 
 
 def is_text(value):
-    """Whether a JSON value is text that can be written: half of a surrogate pair (an escape cut in two) cannot."""
+    """Whether a JSON value is text that UTF-8 can hold; an escape like "\\ud800" is half a character."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
@@ -140,9 +134,11 @@ def image_names(record):
 
 # ---------------------------------------------------------------------------------------------- prompts
 
-# A chat format yields the parts of (role, text) turns: ("special", name), ("text", words) or ("said", what a user said
-# and where slots may stand), each with whether it is learned: the answers, and the special token that ends them. An
-# answer that is None is left open.
+# A chat format is a generator: from turns, (role, text), it makes the parts of a prompt, (kind, value, learned). Kinds:
+#   "special"   a special token, by its name
+#   "text"      plain text
+#   "said"      what a user said, where <image> and <region> become slots
+# Learned are the answers and the special token that ends each. The answer None is left open, for the model to write.
 
 def llama3_chat(turns):                     # github.com/meta-llama/llama3, llama/tokenizer.py, ChatFormat
     yield "special", "<|begin_of_text|>", False
@@ -227,7 +223,7 @@ def encode_turns(turns, tokenizer, chat, images=0, tokens_per_image=0, masks=0):
         ids.extend(tokens)
         labels.extend(tokens if learn else [IGNORE] * len(tokens))
 
-    # Vicuna's parts stand apart by a space, which a SentencePiece tokenizer puts before every piece by itself.
+    # Vicuna writes a space between its parts. A SentencePiece tokenizer adds it by itself, for others it is added here.
     space = " " if chat == "vicuna" and not tokenizer.adds_space else ""
     for kind, value, learn in CHATS[chat](turns):
         if kind == "special":
@@ -258,12 +254,10 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
     alone. ValueError names the record.
     """
     masks, turns = len(record.get("masks") or []), turns_of(record, answer)
-    try:
+    with naming(f"record {record['id']}"):
         ids, labels = encode_turns(turns, tokenizer, chat, len(image_names(record)), tokens_per_image, masks)
         if max_len and len(ids) > max_len:
             raise ValueError(f"{len(ids)} tokens, at most {max_len} fit (max_len); shorten it, nothing is cut")
-    except ValueError as e:
-        raise ValueError(f"record {record['id']}: {e}") from None
     return {"id": record["id"], "ids": ids, "labels": labels, "mentions": mentions(turns, masks) if masks else []}
 
 
@@ -273,16 +267,16 @@ def load_pixels(record, root, config, blind=False):
     """
     A record's images (n, 3, size, size) and masks (R, size, size), float32; blind: gray images, the masks as they are.
     """
-    size, images, masks = config.image_size, [], torch.zeros(0, config.image_size, config.image_size)
+    size, fit, images, masks = config.image_size, config.fit, [], []
+    gray = Image.new("RGB", (size, size), GRAY)
     for name in image_names(record):
-        shown = gray = Image.new("RGB", (size, size), GRAY)
-        if not blind or record.get("masks"):
-            shown = load_image(name, root)
-        if record.get("masks"):             # one by one: an image may be huge
-            fitted = [fit_mask(decode_mask(value, shown.size, root), size, config.fit) for value in record["masks"]]
-            masks = torch.stack(fitted)
-        images.append(to_tensor(fit_image(gray if blind else shown, size, config.fit)))
-    return torch.stack(images) if images else torch.zeros(0, 3, size, size), masks
+        image = gray if blind and not record.get("masks") else load_image(name, root)
+        images.append(to_tensor(fit_image(gray if blind else image, size, fit)))
+        image_size = image.size
+        del image                           # it may be huge, and so may each of the masks
+        masks = [fit_mask(decode_mask(value, image_size, root), size, fit) for value in record.get("masks") or ()]
+    return (torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            torch.stack(masks) if masks else torch.zeros(0, size, size))
 
 
 class Records(Dataset):
@@ -348,6 +342,9 @@ def collate_masks(rows):
 
 
 def to_device(batch, device):
+    """The batch on the device; a sample that could not be read is raised here, in the main process."""
+    if isinstance(batch, ValueError):
+        raise batch
     return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for key, value in batch.items()}
 

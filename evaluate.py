@@ -13,7 +13,6 @@ Predictions are one JSON object a line: `prediction`, and `answer` (for a questi
 list, for a caption); id, image, question, type, sampling and masks if known. --score also reads FIT-RSFG's rows of
 question_id, ground_truth and answer. scoring/scores.py says which rows get which metric.
 """
-import argparse
 import os
 import pathlib
 import shutil
@@ -24,9 +23,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from aquila import load_model, locate_weights
+from commands.arguments import SEEDS, Parser, real, whole
 from data import Records, check_form, collate, read_records, to_device
 from fast_decoding import compile_decoding
-from files.text import write_json_lines
+from files.text import regular_file, write_json_lines
 from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity,
                                 sanity_rows)
 from scoring.metrics import check_metrics
@@ -52,14 +52,11 @@ def predict(model, tokenizer, records, root, args, blind=False, label="model"):
     loader = DataLoader(data, batch_size=args.batch, collate_fn=collate, num_workers=args.workers)
     rows, began, device = [], time.time(), next(model.parameters()).device
     for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
         answers = model.answer(to_device(batch, device), tokenizer, max_new_tokens=args.max_new_tokens)
         rows += [row_of(records[len(rows) + i], answer) for i, answer in enumerate(answers)]
         if sys.stderr.isatty():
-            print(f"\r{label}: {len(rows)}/{len(records)}, {time.time() - began:.0f} s", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+            end = "\n" if len(rows) == len(records) else ""
+            print(f"\r{label}: {len(rows)}/{len(records)}, {time.time() - began:.0f} s", end=end, file=sys.stderr)
     return rows
 
 
@@ -74,8 +71,6 @@ def ask(model, tokenizer, args):
         record["masks"] = [absolute(name) for name in args.mask]
     check_form(record)
     row = Records([record], os.path.abspath(os.sep), tokenizer, model.config, answer=False)[0]   # paths are absolute
-    if isinstance(row, ValueError):
-        raise row
     batch = to_device(collate([row]), next(model.parameters()).device)
     generator = torch.Generator(batch["ids"].device).manual_seed(args.seed)
     ids, printed, clock = [], "", [time.perf_counter()]                            # clock: start, vision, every token
@@ -97,21 +92,19 @@ def ask(model, tokenizer, args):
 
 def absolute(name):
     """A file of the command line, which may lie anywhere, or a built-in scene."""
-    if not name.startswith("scene:") and not os.path.isfile(name):
-        raise FileNotFoundError(f"{name} is not there; expected the file of an image or a mask")
-    return name if name.startswith("scene:") else os.path.abspath(name)
+    return name if name.startswith("scene:") else os.path.abspath(regular_file(name))
 
 
 # ---------------------------------------------------------------------------------------------- command
 
-def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    p = Parser(prog="evaluate.py", description=__doc__)
     add = p.add_argument
     add("--model", help="folder that train.py wrote")
     add("--vision", help="the frozen ConvNeXt's file, if it is no longer where it was in training")
     add("--llm", help="the frozen Llama's folder, if it is no longer where it was in training")
     add("--out", help="write the predictions to this .jsonl file; with all, the benchmark's name is added")
-    add("--limit", type=int, help="at most this many records, of each benchmark")
+    add("--limit", type=whole(1), help="at most this many records, of each benchmark")
     add("--images", default=".", help="folder that the image paths of --data start from (default: here)")
     add("--tasks", help="--scenes: what is asked (default caption,vqa, and region if the model reads masks)")
     add("--captions", action="store_true",
@@ -121,21 +114,21 @@ def parse_args():
     add("--blind", action="store_true", help="show the model a gray image instead")
     add("--no-mda", action="store_true", help="switch MDA off, to see what it does")
     add("--compare", action="store_true", help="print --blind, --no-mda and the best constant answers beside the model")
-    add("--batch", type=int, default=32, help="prompts at once (default 32)")
-    add("--workers", type=int, default=0, help="data processes (default 0)")
-    add("--max-new-tokens", type=int, default=256, help="length of an answer at most (default 256)")
+    add("--batch", type=whole(1), default=32, help="prompts at once (default 32)")
+    add("--workers", type=whole(0, 1000), default=0, help="data processes (default 0)")
+    add("--max-new-tokens", type=whole(1), default=256, help="length of an answer at most (default 256)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all weights (default float32)")
     add("--compile", action="store_true", help="compile the decoding of the answer: some 10 s once, then more tokens a "
         "second; needs a C++ compiler on a CPU")
     add = p.add_argument_group("what to ask (one of these)").add_argument
-    add("--scenes", type=int, help="captions and questions of this many built-in scenes")
+    add("--scenes", type=whole(1), help="captions and questions of this many built-in scenes")
     add("--benchmark", help=f"one of {', '.join(BENCHMARKS)}, or all; needs --root")
     add("--data", help=".jsonl or .json file of records")
     add("--score", help="score this file of predictions; no model is needed; with --benchmark NAME beside the paper's")
     add("--image", help="image file for --ask, or a built-in scene as in scene:test/0/3/128")
     add_benchmark_flags(p.add_argument_group("with --benchmark").add_argument)
     add_ask_flags(p.add_argument_group("with --image").add_argument)
-    return p, p.parse_args()
+    return p
 
 
 def add_benchmark_flags(add):
@@ -153,9 +146,9 @@ def add_benchmark_flags(add):
 def add_ask_flags(add):
     add("--ask", help="question about the image; the answer is printed as it is made")
     add("--mask", action="append", help="mask file of a <region> in the question; once for each, in their order")
-    add("--temperature", type=float, default=0.0, help="0 takes the best token, more draws (default 0)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default 1)")
-    add("--seed", type=int, default=0, help="of the draws (default 0)")
+    add("--temperature", type=real(0, 100), default=0.0, help="0 takes the best token, more draws (default 0)")
+    add("--top-p", type=real(1e-6, 1), default=1.0, help="draw from the likeliest tokens of this mass (default 1)")
+    add("--seed", type=whole(0, SEEDS), default=0, help="of the draws (default 0)")
     add("--timings", action="store_true", help="print seconds for loading, vision, prefill and a token")
 
 
@@ -188,7 +181,7 @@ def scene_records(args, config):
 
 
 def score_file(args):
-    rows = read_predictions(args.score)
+    rows = [row for _, row in read_predictions(args.score)]
     if args.captions:
         rows = [{**row, "references": references_of(row) or [row["answer"]]} for row in rows]
     scores = score(rows, args.metrics)
@@ -260,16 +253,11 @@ def run(args):
         run_benchmarks(model, tokenizer, jobs, args)
     else:
         records = read_records(args.data) if args.data else scene_records(args, model.config)
-        root = args.images if args.data else "."
-        print_table(answer_columns(model, tokenizer, records[:args.limit], root, args, args.out))
+        print_table(answer_columns(model, tokenizer, records[:args.limit], args.images, args, args.out))
 
 
 def main():
-    parser, args = parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"evaluate.py: {e}\n")
+    build_parser().run(run)
 
 
 if __name__ == "__main__":

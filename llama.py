@@ -16,7 +16,7 @@ Shapes: B batch, T sequence, D width, nh/nkv/hd query heads, key-value heads, wi
 import math
 import pathlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from files.checked_json import Fields, make_config, read_fields
 from files.peft import load_lora, save_lora         # noqa: F401
-from files.text import read_json, write_json
-from files.weights import StoredTensor, fill, open_pickle, open_tensors, write_tensors
+from files.text import one_line, write_json
+from files.weights import fill_new, open_pickle, open_tensors, weight_files, write_tensors
 from lora import LORA_TARGETS, apply_lora, lora_layers, merge_lora        # noqa: F401
 from tokenizer import load_tokenizer                # noqa: F401
 
@@ -57,12 +58,10 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        if isinstance(self.rope_scaling, dict):                # as JSON gives it
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2 or not 1 < self.head_dim <= 4096 or self.n_layers > 1000:
+            raise ValueError(f"{self}: expected at most 1,000 layers, heads of an even width, in groups of one size")
 
 
 LLAMAS = {
@@ -261,7 +260,7 @@ class Llama(nn.Module):
 
 def next_tokens(logits, temperature, top_p, generator=None):
     """logits (B, vocab) -> ids (B,): the best one at temperature 0, else a draw from the nucleus of mass top_p."""
-    if temperature == 0:
+    if temperature < 1e-6:                  # below, the best one has all the mass
         return logits.argmax(-1)
     p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                                # the first one always stays
@@ -330,25 +329,19 @@ def names_of(ours):
 def load_llama(folder, dtype=torch.float32, device="cpu"):
     """
     Read a Llama-architecture model from a Hugging Face folder (config.json) or Meta's (params.json), one tensor at a
-    time, into dtype on device. One ValueError names every missing, unexpected or misshapen tensor.
+    time, into dtype on device. One ValueError names the first five missing, unexpected and misshapen tensors each.
     """
     folder = pathlib.Path(folder)
     if (folder / "config.json").exists():
-        read_config, match = hf_config, hf_tensors
+        read_config, open_files = hf_config, hf_tensors
     elif (folder / "params.json").exists():
-        read_config, match = meta_config, meta_tensors
+        read_config, open_files = meta_config, meta_tensors
     else:
-        raise FileNotFoundError(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)")
-    try:
-        config = read_config(folder)
-    except KeyError as e:
-        raise ValueError(f"{folder}: its configuration or its first file lacks {e.args[0]!r}") from None
+        raise FileNotFoundError(one_line(f"{folder} has neither config.json (Hugging Face) nor params.json (Meta)"))
+    config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config).to(dtype)
-    model.to_empty(device=device)
-    targets, stored = match(folder, model)
-    fill(targets, stored, folder)
-    return model.eval()
+    return fill_new(model, device, *open_files(folder, config), folder)
 
 
 def save_llama(model, folder):
@@ -372,83 +365,72 @@ def save_llama(model, folder):
 
 def hf_config(folder):
     """config.json -> LlamaConfig. What older files leave out has the value that transformers gives it."""
-    c = read_json(folder / "config.json")
-    scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    known = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    wrong = [f"{key} {c[key]!r}" for key, values in known.items() if c.get(key, values[0]) not in values]
+    c = read_fields(folder / "config.json")
+    scaling = c.take("rope_scaling" if c.values.get("rope_scaling") else "rope_parameters", Fields, default=Fields({}))
+    kind = scaling.values.get("rope_type", scaling.values.get("type", "default"))
+    known = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    wrong = [f"{key} {c.values[key]!r}" for key, value in known.items() if c.values.get(key, value) != value]
     wrong += [f"rope_scaling of type {kind!r}"] if kind not in ("default", "llama3") else []
     if wrong:
-        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}: only models of Llama's architecture are read")
+        raise ValueError(one_line(f"{c.where}: {', '.join(wrong)}: only models of Llama's architecture are read"))
     stretched = None
     if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        stretched = RopeScaling(*(scaling[name] for name in names))
-    return LlamaConfig(
-        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
-        n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], ffn_dim=c["intermediate_size"],
-        vocab_size=c["vocab_size"], rope_theta=float(c.get("rope_theta") or scaling.get("rope_theta") or 10000.0),
-        norm_eps=c.get("rms_norm_eps", 1e-6), head_dim=c.get("head_dim") or 0, tied=bool(c.get("tie_word_embeddings")),
-        max_len=c.get("max_position_embeddings", 2048), rope_scaling=stretched)
+        low = scaling.take("low_freq_factor", float, 0.01)
+        stretched = dict(factor=scaling.take("factor", float, 1), low_freq_factor=low,
+                         high_freq_factor=scaling.take("high_freq_factor", float, low + 0.01),
+                         original_max_len=scaling.take("original_max_position_embeddings", int, 1))
+    heads = c.take("num_attention_heads", int, 1)
+    return make_config(LlamaConfig, dict(
+        dim=c.take("hidden_size", int, 1), n_layers=c.take("num_hidden_layers", int, 1), n_heads=heads,
+        n_kv_heads=c.take("num_key_value_heads", int, 1, default=heads), ffn_dim=c.take("intermediate_size", int, 1),
+        vocab_size=c.take("vocab_size", int, 1), norm_eps=c.take("rms_norm_eps", float, 1e-12, 0.1, 1e-6),
+        rope_theta=float(c.take("rope_theta", float, 1, default=scaling.take("rope_theta", float, 1, default=10000))),
+        head_dim=c.take("head_dim", int, default=0), tied=c.take("tie_word_embeddings", bool, default=False),
+        max_len=c.take("max_position_embeddings", int, 1, default=2048), rope_scaling=stretched), c.where)
 
 
-def hf_files(folder):
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.exists():
-            return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        files = sorted(folder.glob(f"{stem}*{suffix}"))
-        if files:
-            return files
-    raise FileNotFoundError(f"{folder} has config.json, but no model*.safetensors and no pytorch_model*.bin")
-
-
-def hf_tensors(folder, model):
-    """-> {Hugging Face's name: parameter}, and all (name, StoredTensor) of the files."""
-    targets = {names_of(ours)[HUGGING_FACE]: p for ours, p in model.named_parameters()}
-    left_out = ["rotary_emb.inv_freq"]                         # in old Vicuna files; computed here
-    if model.config.tied:
-        left_out.append("lm_head.weight")                      # the embedding once more
-    stored = [(name, tensor) for file in hf_files(folder) for name, tensor in open_tensors(file).items()
-              if not name.endswith(tuple(left_out))]
-    return targets, stored
+def hf_tensors(folder, config):
+    """-> a function that names a model's parameters as Hugging Face does, and all (name, StoredTensor) of the files."""
+    # In old Vicuna files, and computed here; the embedding once more.
+    left_out = ("rotary_emb.inv_freq", "lm_head.weight") if config.tied else ("rotary_emb.inv_freq",)
+    stored = [(name, tensor) for file in weight_files(folder) for name, tensor in open_tensors(file).items()
+              if not name.endswith(left_out)]
+    return lambda model: {names_of(ours)[HUGGING_FACE]: p for ours, p in model.named_parameters()}, stored
 
 
 # Meta's params.json is silent about these; they stand in its code (model.py of llama, llama3 and llama-models).
 META_THETA = {"Llama-2": 10000.0, "Llama-3": 500000.0}
-META_SCALING = {"3.1": RopeScaling(factor=8.0), "3.2": RopeScaling(factor=32.0)}
+META_SCALING = {"3.1": {"factor": 8.0}, "3.2": {"factor": 32.0}}
 
 
 def meta_config(folder):
     """params.json and the first shard -> LlamaConfig."""
-    params, files = read_json(folder / "params.json"), meta_files(folder)
+    params, files = read_fields(folder / "params.json"), meta_files(folder)
     first, shards = open_pickle(files[0]), len(files)
-    dim, heads = params["dim"], params["n_heads"]
-    kv_heads = params.get("n_kv_heads") or heads
-    table = first["tok_embeddings.weight"]
-    rows, columns = table.shape
-    if columns == dim:                      # Llama-3's shards split the rows
-        vocab = rows * shards
-    else:                                   # Llama-2's the columns
-        vocab, columns = rows, columns * shards
-    told = params.get("vocab_size", -1)     # -1 is what Llama-2 writes
-    if columns != dim or told not in (-1, vocab) or kv_heads % shards:
-        raise ValueError(f"{folder / 'params.json'}: dim {dim}, vocab_size {told} and {kv_heads} key-value heads do "
+    dim, heads = params.take("dim", int, 1), params.take("n_heads", int, 1)
+    kv_heads = params.take("n_kv_heads", int, 1, default=heads)
+    none = torch.empty(0, 0)                # what is missing does not fit, and is named when the files are read
+    table, gate = first.get("tok_embeddings.weight", none), first.get("layers.0.feed_forward.w1.weight", none)
+    rows, columns = table.shape if table.dim() == 2 else none.shape
+    vocab = rows * shards if columns == dim else rows          # Llama-3's shards split the rows, Llama-2's the columns
+    told = params.take("vocab_size", int, -1, default=-1)      # -1 is what Llama-2 writes
+    if dim not in (columns, columns * shards) or told not in (-1, vocab) or kv_heads % shards:
+        raise ValueError(f"{params.where}: dim {dim}, vocab_size {told} and {kv_heads} key-value heads do "
                          f"not fit {shards} files, the first with an embedding of {tuple(table.shape)}; is a shard "
                          "missing?")
     family = "Llama-3" if vocab > 100000 else "Llama-2"
     scaling, max_len = None, 8192 if family == "Llama-3" else 4096
-    if params.get("use_scaled_rope"):
+    if params.take("use_scaled_rope", bool, default=False):
         # Meta's code knows the factor 8 alone; its 3.2 models of 1B and 3B were trained with 32 (their config.json).
         scaling, max_len = META_SCALING["3.2" if dim < 4096 else "3.1"], 131072
     output = first.get("output.weight")                                            # Llama-3.2: the embedding again
-    config = LlamaConfig(
-        dim=dim, n_layers=params["n_layers"], n_heads=heads, n_kv_heads=kv_heads, vocab_size=vocab,
-        norm_eps=params["norm_eps"], ffn_dim=len(first["layers.0.feed_forward.w1.weight"]) * shards,
-        rope_theta=float(params.get("rope_theta") or META_THETA[family]), rope_scaling=scaling, max_len=max_len,
-        tied=output is None or output.data_ptr() == table.data_ptr())
-    freqs = first.get("rope.freqs")
-    if freqs is not None and not torch.allclose(freqs.float(), rope_frequencies(config), rtol=1e-2, atol=1e-6):
+    config = make_config(LlamaConfig, dict(
+        dim=dim, n_layers=params.take("n_layers", int, 1), n_heads=heads, n_kv_heads=kv_heads, vocab_size=vocab,
+        norm_eps=params.take("norm_eps", float, 1e-12, 0.1), ffn_dim=max(1, gate.numel() // dim) * shards,
+        rope_theta=float(params.take("rope_theta", float, 1, default=META_THETA[family])), rope_scaling=scaling,
+        max_len=max_len, tied=output is None or output.data_ptr() == table.data_ptr()), params.where)
+    freqs, ours = first.get("rope.freqs"), rope_frequencies(config)
+    if freqs is not None and (freqs.shape != ours.shape or not torch.allclose(freqs.float(), ours, 1e-2, 1e-6)):
         raise ValueError(f"{files[0]}: rope.freqs contradicts rope_theta {config.rope_theta:g} and scaling {scaling}")
     return config
 
@@ -460,25 +442,29 @@ def meta_files(folder):
     return files
 
 
-def meta_tensors(folder, model):
-    """-> {"Meta's name in file": the piece of a parameter that belongs there}, and all (that, StoredTensor)."""
-    files, c = meta_files(folder), model.config
-    targets, stored = {}, []
-    for ours, p in model.named_parameters():
-        _, name, split = names_of(ours)
-        if ours == "embed.weight" and open_pickle(files[0])[name].shape[1] != c.dim:
-            split = 1
-        pieces = [p] * len(files) if split is None else p.detach().chunk(len(files), split)
-        targets |= {f"{name} in {file.name}": piece for file, piece in zip(files, pieces)}
+def meta_tensors(folder, config):
+    """-> a function that gives {"Meta's name in file": the piece of a parameter}, and all (that, StoredTensor)."""
+    files, c, stored = meta_files(folder), config, []
+    split_columns = open_pickle(files[0])["tok_embeddings.weight"].shape[1] != c.dim             # Llama-2
+
+    def named(model):
+        targets = {}
+        for ours, p in model.named_parameters():
+            _, name, split = names_of(ours)
+            split = 1 if ours == "embed.weight" and split_columns else split
+            pieces = [p] * len(files) if split is None else p.detach().chunk(len(files), split)
+            targets |= {f"{name} in {file.name}": piece for file, piece in zip(files, pieces)}
+        return targets
+
     heads = {"wq": c.n_heads // len(files), "wk": c.n_kv_heads // len(files)}
     for file in files:
         for name, tensor in open_tensors(file).items():
-            part = name.split(".")[-2]
+            part = name.split(".")[-2:][0]
             if part in heads:
-                tensor = StoredTensor(tensor.shape, partial(deinterleave, tensor.read, heads[part]))
+                tensor = replace(tensor, read=partial(deinterleave, tensor.read, heads[part]))
             if name != "rope.freqs" and not (c.tied and name == "output.weight"):
                 stored.append((f"{name} in {file.name}", tensor))
-    return targets, stored
+    return named, stored
 
 
 def deinterleave(read, heads):

@@ -39,8 +39,9 @@ def lora_layers(model):
 
 def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
     """Replace, in place, the named linear layers of every block by LoRALinear."""
-    if not targets or set(targets) - set(LORA_TARGETS):
-        raise ValueError(f"LoRA targets {sorted(targets)}: expected some of {', '.join(LORA_TARGETS)}")
+    if not targets or set(targets) - set(LORA_TARGETS) or not (rank > 0 and alpha > 0 and 0 <= dropout <= 1):
+        raise ValueError(f"LoRA of rank {rank}, alpha {alpha}, dropout {dropout}, targets {sorted(targets)}: expected "
+                         f"some of {', '.join(LORA_TARGETS)}, and a rank and an alpha above 0, a dropout up to 1")
     if lora_layers(model):
         raise ValueError("this model has LoRA already; merge it first")
     for layer in model.layers:

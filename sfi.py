@@ -110,8 +110,8 @@ def split_heads(x, heads):
 #     q (W_K x)           = (q W_K) x                fold W_K into the query, once per scale, instead of into every cell
 #     sum_j a_j (W_V x_j) = W_V (sum_j a_j x_j)      apply W_V to the weighted sum, instead of to every cell
 #
-# so that no key and no value is ever made: at the paper's size 4,096 vectors are projected rather than 87,040. That is
-# about ten times as fast, with a fifth of the memory or less (`python -m checks.bench sfi`); MDA's SFIs cost as little.
+# so that no key and no value is ever made: at the paper's size 4,096 vectors are projected rather than 87,040, for keys
+# and again for values. It is about ten times as fast, with a fifth of the memory or less (`checks.bench sfi`); MDA too.
 
 def fold_queries(sfi, q):
     """q (1|B, N, C), W_Q applied -> q W_Ks / sqrt(hd) of every scale s and head: a list of (1|B, N, nh, C)."""

@@ -10,13 +10,12 @@ One step is one global batch, whatever the number of processes and micro-batches
 tokens and divided by their number in the whole batch, over all micro-batches and processes. A mean of means would be
 another gradient, for answers are long and short.
 
-Every run writes to its --out folder: model.safetensors and config.json (what was trained), log.jsonl, loss.png, and
-state.pt, what --resume needs besides the files that the run started from: step, weights, optimizer. No random state is
-kept, for every draw follows from the seed and the step.
+Every run writes to its --out folder: log.jsonl; state.pt, what --resume needs besides the files that the run started
+from: step, weights, optimizer; and, when the schedule is finished, model.safetensors and config.json (what was trained)
+and loss.png. No random state is kept, for every draw follows from the seed, the step and the process.
 """
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -33,9 +32,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aquila import (PRESETS, TRAINS, LoRAConfig, build, config_to_dict, count_parameters, load_config, load_checkpoint,
-                    locate_weights, save_model, set_stage)
+                    locate_weights, part_of, save_model, set_stage)
+from commands.arguments import SEEDS, Parser, end, real, whole
 from data import CHATS, Records, collate, image_names, read_records, to_device
-from files.text import path_inside, written_whole
+from files.checked_json import checked
+from files.text import one_line, path_inside, regular_file, written_whole
+from files.weights import StoredTensor, fill
 from pictures.curve import draw_curve
 from tokenizer import IGNORE, load_tokenizer
 from toy.scenes import make_records
@@ -108,8 +110,8 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
     learned, tokens = counts.tolist()
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
-        # DDP sums gradients over processes in the last backward only. The forward must run inside no_sync, too: the
-        # choice is made there.
+        # DDP exchanges gradients in the last backward only. The forward must run inside no_sync, too: it is there that
+        # the choice is made.
         last = i == len(batches) - 1
         with contextlib.nullcontext() if world == 1 or last else model.no_sync():
             with autocast:
@@ -152,24 +154,35 @@ def train(run, args, rank, world, device):
     model.train()
     model.vision.eval()
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-    params = list(run.trainable.values())
+    params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
     log = Log(run.out, run.first, run.steps) if rank == 0 else None
     for step in range(run.first, min(run.steps, args.stop_after or run.steps)):
         # Dropout draws from (seed, step, process), so a resumed run needs no saved random state.
         torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + rank)
         lr = learning_rate(step, run.steps, recipe.lr, recipe.warmup)
-        batches = together(lambda: next_batches(run.loader, recipe.batch // (recipe.micro * world), device), world)
+        batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)], world)
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         if rank == 0:
+            if step == run.first:
+                report_idle_parts(run)
             log.step(step + 1, loss, norm, lr, tokens)
             if (step + 1) % args.save_every == 0 or step + 1 in (run.steps, args.stop_after):
                 save_state(run, step + 1)
     if rank == 0 and log.rows and log.rows[-1]["step"] == run.steps:
+        report_idle_parts(run)
         save_model(model, run.out)
         draw_curve([row["loss"] for row in log.rows], run.out / "loss.png")
         norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
         print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
         print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
+
+
+def report_idle_parts(run):
+    """Say which trained parts have never had a gradient: all of Adam's means of it are still zero."""
+    moved = {part_of(name) for name, p in run.trainable.items() if run.optimizer.state[p]["exp_avg"].any()}
+    idle = sorted({*map(part_of, run.trainable)} - moved)
+    if idle:
+        print(f"warning: no gradient has reached {', '.join(idle)}; do the records have images, or masks?", flush=True)
 
 
 def set_up(args, rank, world, device):
@@ -184,7 +197,7 @@ def set_up(args, rank, world, device):
     torch.manual_seed(args.seed)
     model = build(config, dtype, device)
     if start_from:
-        load_checkpoint(model, start_from, only_known=True)
+        load_checkpoint(model, start_from, new_parts_keep_start=True)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = args.grad_checkpoint
     optimizer = optimizer_for(list(trainable.values()), recipe.decay)
@@ -197,7 +210,7 @@ def set_up(args, rank, world, device):
     run.first = load_state(run, state) if state else 0
     run.loader = load_batches(records, args, run, rank, world, device)
     if rank == 0:
-        describe_run(run, args, len(records), world)
+        describe_run(run, args, records, world)
     return run
 
 
@@ -242,21 +255,19 @@ def open_data(args, recipe, config):
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
     else:
         records = read_records(args.data)
-        for record in records:
-            for name in image_names(record):
+    for record in records:
+        for name in image_names(record):
+            try:
                 if not name.startswith("scene:"):
-                    try:
-                        path_inside(name, args.images, "image")
-                    except (ValueError, FileNotFoundError) as e:
-                        raise ValueError(f"{args.data}, record {record['id']}: {e}") from None
+                    path_inside(name, args.images, "image")
+            except (ValueError, FileNotFoundError) as e:
+                raise ValueError(f"{args.data}, record {record['id']}: {e}") from None
     lines = "\n".join(json.dumps(record, sort_keys=True) for record in records)
     return records, hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def built_in_records(family, stage, n, size):
-    """
-    n train scenes, from number (stage - 1) * n on, as records: of each one of every kind above, wordings taking turns.
-    """
+    """Of n train scenes, from number (stage - 1) * n on, a record of every kind above, wordings taking turns."""
     found = []
     for task in BUILT_IN[family][stage]:
         by_scene = {}
@@ -271,8 +282,8 @@ class Batches:
     The sample numbers of each micro-batch of this process, from step `start` to `steps`.
 
     Every epoch is a permutation drawn from (seed, epoch); the last batch is filled up from the next epoch, so that
-    nothing is dropped. Inside a step samples are sorted by length, for those of one micro-batch are padded to the
-    longest; the gradient of the step is the same sum.
+    nothing is dropped. Inside a step samples are sorted by length (in characters, before tokens are made), for those of
+    one micro-batch are padded to the longest; the gradient of the step is the same sum.
     """
 
     def __init__(self, lengths, batch, micro, steps, start, seed, rank, world):
@@ -310,31 +321,18 @@ def load_batches(records, args, run, rank, world, device):
                            num_workers=args.workers, pin_memory=device.type == "cuda"))
 
 
-def next_batches(loader, n, device):
-    """The next n micro-batches; a sample that could not be read ends the run with its one line."""
-    batches = []
-    for _ in range(n):
-        batch = next(loader)
-        if isinstance(batch, ValueError):
-            raise batch
-        batches.append(to_device(batch, device))
-    return batches
-
-
 # ---------------------------------------------------------------------------------------------- files of a run
 
 def find_state(args, out):
     """The state.pt that the run goes on from, or None; a run that is there is not overwritten unasked."""
-    if args.resume in (None, "auto"):
-        state = out / "state.pt"
-        if args.resume is None and state.exists() and not args.overwrite:
-            raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, "
-                             "--out takes another folder")
-        return state if args.resume and state.exists() else None
-    state = pathlib.Path(args.resume, "state.pt")
-    if not state.exists():
+    named = args.resume not in (None, "auto")
+    state = pathlib.Path(args.resume if named else out, "state.pt")
+    if named and not state.exists():
         raise ValueError(f"--resume {args.resume}: no state.pt there; --resume auto starts anew when there is none")
-    return state
+    if args.resume is None and state.exists() and not args.overwrite:
+        raise ValueError(f"{out} holds a run; --resume auto goes on with it, --overwrite starts anew, "
+                         "--out takes another folder")
+    return state if args.resume is not None and state.exists() else None
 
 
 def make_folder(out):
@@ -354,17 +352,21 @@ def save_state(run, step):
 
 def load_state(run, path):
     """Put a run back where it was, -> the next step; refused when one of its settings is another."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in run.settings.items():
-        before = state["settings"].get(name)
-        if before != value:
-            raise ValueError(f"{path}: the run to resume had {name} {before}, now it is {value}; "
-                             "give the same flags, or start a new run from its weights with --init-from")
-    with torch.no_grad():
-        for name, p in run.trainable.items():
-            p.copy_(state["trained"][name])
-    run.optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(regular_file(path), map_location="cpu", weights_only=True)
+        step, settings = state["step"], state["settings"]
+        changed = [name for name, value in run.settings.items() if settings.get(name) != value]
+        if not changed:
+            checked(step, int, "step", 1, run.steps)
+            stored = [(name, StoredTensor(tuple(t.shape), t.dtype, t.clone)) for name, t in state["trained"].items()]
+            fill(run.trainable, stored, "its weights")
+            run.optimizer.load_state_dict(state["optimizer"])
+    except Exception as e:                  # a damaged pickle fails in every way there is
+        raise ValueError(f"{path} is damaged ({one_line(e)[:200]}); --overwrite starts anew") from None
+    for name in changed:
+        raise ValueError(one_line(f"{path}: the run to resume had {name} {settings.get(name)}, now it is "
+                                  f"{run.settings[name]}; give the same flags, or start a new run with --init-from"))
+    return step
 
 
 class Log:
@@ -396,12 +398,14 @@ class Log:
             print(line, flush=True)
 
 
-def describe_run(run, args, n, world):
+def describe_run(run, args, records, world):
     recipe, trained = run.recipe, count_parameters(run.trainable.items())
     frozen = sum(p.numel() for p in run.model.parameters()) - sum(trained.values())
     parts = ", ".join(f"{part} {count:,}" for part, count in trained.items())
     print(f"{args.preset}, stage {args.stage}: trains {parts}; frozen {frozen:,}")
-    print(f"{n:,} samples, {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
+    blank = sum(not image_names(record) for record in records)
+    print(f"{len(records):,} samples" + (f" ({blank:,} of them without an image)" if blank else "") +
+          f", {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
           f"x {recipe.batch // (recipe.micro * world)} accumulated")
     print(f"AdamW lr {recipe.lr:g}, betas {BETAS}, weight decay {recipe.decay:g}, warm-up {recipe.warmup:g}, cosine, "
           f"seed {args.seed}" + (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout "
@@ -412,62 +416,68 @@ def describe_run(run, args, n, world):
 
 # ---------------------------------------------------------------------------------------------- command line
 
+def layers(text):
+    """An argparse type: "0,4,8" -> (0, 4, 8)."""
+    try:
+        return () if text == "none" else tuple(sorted({int(i) for i in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 'none' or numbers such as 0,4,8") from None
+
+
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="train.py", description=__doc__)
     add = p.add_argument
-    add("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (default tiny)")
+    add("--preset", default="tiny", choices=PRESETS, help="default tiny")
     add("--stage", type=int, required=True, choices=(1, 2, 3), help="aquila: 1 aligns, 2 instructs with LoRA; "
         "aquila-plus: 1 image-text, 2 mask-text, 3 all with LoRA")
     add("--data", help=".jsonl or .json file of records (default: the built-in scenes)")
     add("--images", default=".", help="folder that image paths start from (default: here)")
-    add("--scenes", type=int, help="built-in train scenes, when there is no --data (default: the recipe's)")
+    add("--scenes", type=whole(1), help="built-in train scenes, when there is no --data (default: the recipe's)")
     add("--vision", help="ConvNeXt weights: open_clip, timm or original file (default: the preset's)")
     add("--llm", help="Llama folder, Hugging Face or Meta layout (default: the preset's)")
     add("--out", help="folder of the run (default runs/PRESET/stageN)")
     add("--init-from", help="start from the weights of this run (default, from stage 2 on: the stage before)")
     add("--resume", help="'auto': go on with the run in --out if there is one; or the folder of a run")
     add("--overwrite", action="store_true", help="start anew although --out holds a run")
-    add("--steps", type=int, help="stop the schedule after this many steps (default: the epochs')")
-    add("--stop-after", type=int, help="end the process after this step, the schedule unchanged; then --resume")
-    add("--save-every", type=int, default=200, help="steps between checkpoints (default 200)")
-    add("--seed", type=int, default=0, help="default 0")
-    add("--workers", type=int, default=min(4, os.cpu_count() // 4),
+    add("--steps", type=whole(1), help="length of the schedule (default: as --epochs says)")
+    add("--stop-after", type=whole(1), help="end the process after this step, the schedule unchanged; then --resume")
+    add("--save-every", type=whole(1), default=200, help="steps between saves of state.pt (default 200)")
+    add("--seed", type=whole(0, SEEDS), default=0, help="default 0")
+    add("--workers", type=whole(0, 1000), default=min(4, os.cpu_count() // 4),
         help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of frozen weights and of autocast (default: bfloat16 on GPU)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and of autocast (default: bfloat16 on GPU)")
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
         help="recompute LM layers in the backward pass: less memory, more time")
     add = p.add_argument_group("model (stage 1 decides, later stages keep it)").add_argument
     add("--integration", choices=("sfi", "concat"), help="Table 5: SFI or the Concat baseline")
-    add("--mda-layers", help="Table 5: 'none', or LM layers that SFI runs before, for instance 0,4,8")
+    add("--mda-layers", type=layers, help="Table 5: 'none', or LM layers that SFI runs before, for instance 0,4,8")
     add("--pooling", choices=("area", "binary"), help="aquila-plus: how masks weigh features")
-    add("--image-size", type=int, help="side in pixels, a multiple of 32")
+    add("--image-size", type=whole(32, 8192), help="side in pixels, a multiple of 32")
     add("--fit", choices=("resize", "letterbox"), help="how an image becomes square")
     add("--chat", choices=tuple(CHATS), help="chat format")
-    add("--max-len", type=int, help="tokens of a prompt with its answer, image tokens included")
+    add("--max-len", type=whole(1), help="tokens of a prompt with its answer, image tokens included")
     add = p.add_argument_group("recipe (defaults: the preset's, printed at the start)").add_argument
-    add("--lr", type=float, help="peak learning rate")
-    add("--decay", type=float, help="weight decay")
-    add("--warmup", type=float, help="share of the steps that the learning rate rises")
-    add("--epochs", type=float, help="passes over the data")
-    add("--batch", type=int, help="global batch: samples of one optimizer step")
-    add("--micro", type=int, help="samples a process takes at once; batch / (micro x processes) accumulate")
-    add("--lora-rank", type=int, help="last stage")
-    add("--lora-alpha", type=float, help="last stage")
-    add("--lora-dropout", type=float, help="last stage")
+    add("--lr", type=real(1e-12, 10), help="peak learning rate")
+    add("--decay", type=real(0, 1), help="weight decay")
+    add("--warmup", type=real(0, 1), help="share of the steps that the learning rate rises")
+    add("--epochs", type=real(1e-6, 1000), help="passes over the data")
+    add("--batch", type=whole(1), help="global batch: samples of one optimizer step")
+    add("--micro", type=whole(1), help="samples a process takes at once; batch / (micro x processes) accumulate")
+    add("--lora-rank", type=whole(1, 4096), help="last stage")
+    add("--lora-alpha", type=real(1e-6, 10_000), help="last stage")
+    add("--lora-dropout", type=real(0, 0.99), help="last stage")
     add("--full-llm", action="store_true", help="aquila-plus, stage 3: the LM's own weights learn, instead of LoRA")
-    return p, p.parse_args()
+    return p.parse_args()
 
 
-def given(args, **names):
+def given(args, *fields, prefix=""):
     """{field: value} of the flags that were given."""
-    return {field: getattr(args, flag) for field, flag in names.items() if getattr(args, flag) is not None}
+    values = {field: getattr(args, prefix + field) for field in fields}
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def resolve(args):
     """Flags -> (config, recipe, out folder, folder to start from or None); ValueError for what makes no sense."""
-    if args.preset not in PRESETS:
-        raise ValueError(f"unknown preset {args.preset!r}; expected one of {', '.join(PRESETS)}")
     if args.stage not in RECIPES[args.preset]:
         stages = ", ".join(map(str, RECIPES[args.preset]))
         raise ValueError(f"--stage {args.stage}: {args.preset} has the stages {stages}")
@@ -477,51 +487,40 @@ def resolve(args):
     if start and not os.path.exists(os.path.join(start, "model.safetensors")):
         advice = "give another --init-from" if args.init_from else f"run --stage {args.stage - 1} first, or --init-from"
         raise ValueError(f"no model.safetensors in {start}, the finished stage to start from; {advice}")
-    model = given(args, integration="integration", image_size="image_size", fit="fit", chat="chat", max_len="max_len",
-                  pooling="pooling")
-    if args.mda_layers is not None:
-        model["mda_layers"] = parse_layers(args.mda_layers)
+    model = given(args, "integration", "image_size", "fit", "chat", "max_len", "pooling", "mda_layers")
     config = load_config(start) if start else PRESETS[args.preset]
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} contradicts {start}, which decides it; leave the flag out")
-    config = dataclasses.replace(config, **model, **given(args, vision_file="vision", llm_dir="llm"),
-                                 lora=recipe.lora, full_llm=args.full_llm)
+    config = replace(config, **model, vision_file=args.vision or config.vision_file,
+                     llm_dir=args.llm or config.llm_dir, lora=recipe.lora, full_llm=args.full_llm)
     return config, recipe, out, start
 
 
 def resolve_recipe(args, recipe):
-    """The preset's recipe with the flags' changes."""
-    lora = given(args, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout")
+    lora = given(args, "rank", "alpha", "dropout", prefix="lora_")
     if lora and not recipe.lora:
         raise ValueError(f"stage {args.stage} trains no LoRA; leave out --lora-{next(iter(lora))}")
     if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
         raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset; "
                          "leave it out, or --lora-...")
-    changes = given(args, lr="lr", decay="decay", warmup="warmup", epochs="epochs", batch="batch", micro="micro",
-                    scenes="scenes")
+    changes = given(args, "lr", "decay", "warmup", "epochs", "batch", "micro", "scenes")
     if args.full_llm:
         changes["lora"] = None
     elif lora:
-        changes["lora"] = dataclasses.replace(recipe.lora, **lora)
-    return dataclasses.replace(recipe, **changes)
-
-
-def parse_layers(text):
-    try:
-        return () if text == "none" else tuple(sorted({int(i) for i in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"--mda-layers {text!r}: expected 'none' or numbers such as 0,4,8") from None
+        changes["lora"] = replace(recipe.lora, **lora)
+    return replace(recipe, **changes)
 
 
 def main():
-    parser, args = parse_args()
     rank, world, device = start_processes()
     try:
+        args = together(parse_args, world)
         run = together(lambda: set_up(args, rank, world, device), world)
         train(run, args, rank, world, device)
-    except (ValueError, OSError) as e:        # the same in every process: the first one says it
-        parser.exit(2, f"train.py: {e}\n" if rank == 0 else "")
+    except (ValueError, OSError) as e:
+        # Found together, it is the same in every process; one that a process meets alone stands in torchrun's report.
+        end("train.py", e, rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

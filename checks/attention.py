@@ -6,7 +6,6 @@ Where an image token looks: the SFI attention of one token over its window at ev
 `--layer tokens` is the first SFI, a number MDA's SFI before that LM layer. The LM is causal: words after <image> cannot
 change what MDA asks, words before it can.
 """
-import argparse
 import math
 import pathlib
 import re
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from aquila import load_model, locate_weights
+from commands.arguments import Parser
 from convnext import STRIDES
 from data import encode_turns
 from files.text import written_whole
@@ -77,7 +77,9 @@ def attention_picture(image, weights, grid, token):
 
 
 def draw_attention(args):
-    place = re.fullmatch(r"(\d+),(\d+)", args.token)
+    if args.out.suffix != ".png" or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: expected a name that ends in .png, in a folder that is there")
+    place = re.fullmatch(r"(\d{1,9}),(\d{1,9})", args.token)
     if not place:
         raise ValueError(f"--token {args.token}: expected --token ROW,COL as in 1,2")
     image = load_image(args.image) if args.image.startswith("scene:") else open_image(args.image)
@@ -90,11 +92,13 @@ def draw_attention(args):
     tokenizer = load_tokenizer(locate_weights(c.llm_dir, "language model"))
     ids, _ = encode_turns([("user", ask), ("assistant", None)], tokenizer, c.chat, 1, c.tokens_per_image)
     weights = sfi_weights(model, to_tensor(image)[None], args.layer, torch.tensor([ids]))
-    return attention_picture(image, [a[0, row * c.side + col] for a in weights], (c.side, c.side), (row, col))
+    picture = attention_picture(image, [a[0, row * c.side + col] for a in weights], (c.side, c.side), (row, col))
+    with written_whole(args.out) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m checks.attention", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder that train.py wrote")
     add("--image", required=True, help="image file, or a built-in scene as in scene:test/0/3/128")
@@ -102,14 +106,7 @@ def main(argv=None):
     add("--layer", default="tokens", help="tokens, or the number of an LM layer with MDA (default tokens)")
     add("--ask", default="Describe the image.", help="the prompt, for an LM layer (default: %(default)s)")
     add("--out", default="attention.png", type=pathlib.Path, help="file to write (default attention.png)")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.suffix != ".png" or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: expected a name that ends in .png, in a folder that is there")
-        with written_whole(args.out) as temporary:
-            draw_attention(args).save(temporary, "PNG")
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"checks.attention: {e}\n")
+    parser.run(draw_attention, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Benchmarks, as scripts: ratios measured in one run, medians of interleaved round
 Times are of the module alone, weights and inputs ready. Memory is the peak of the process above weights, inputs and
 their gradients (VmHWM), each form in a process of its own.
 """
-import argparse
 import pathlib
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from functools import partial
 
 import torch
 
+from commands.arguments import Parser, whole
 from llama import Llama, LlamaConfig
 from sfi import SFI, window_partition
 
@@ -191,22 +191,25 @@ def bench_loss(rounds):
         print(f"{name:24}{1000 * seconds[name]:10.1f}{memory_of('loss', name):12.1f}")
 
 
-def main():
-    if sys.argv[1:2] == ["memory"]:         # our own child process
-        if sys.argv[2] == "loss":
-            return print(peak_memory(loss_work(sys.argv[3])))
-        return measure_memory(*sys.argv[2:5], sys.argv[5] == "1")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sfi", "scale", "loss"))
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, the median is printed (default 7)")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="sfi: sizes (default all)")
-    args = parser.parse_args()
+def bench(args):
     if args.what == "sfi":
         bench_sfi(args.rounds, args.sizes)
     elif args.what == "scale":
         bench_scale(args.rounds)
     else:
         bench_loss(args.rounds)
+
+
+def main():
+    if sys.argv[1:2] == ["memory"]:         # our own child process
+        if sys.argv[2] == "loss":
+            return print(peak_memory(loss_work(sys.argv[3])))
+        return measure_memory(*sys.argv[2:5], sys.argv[5] == "1")
+    parser = Parser(prog="python -m checks.bench", description=__doc__)
+    parser.add_argument("what", choices=("sfi", "scale", "loss"))
+    parser.add_argument("--rounds", type=whole(1), default=7, help="interleaved; the median is printed (default 7)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="sfi: sizes (default all)")
+    parser.run(bench)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ the environment of tests/requirements-peers.txt.
 
 Prints milliseconds and the peer's time over ours (above 1: ours is faster).
 """
-import argparse
 import tempfile
 
 import torch
 
 from checks.bench import interleaved
+from commands.arguments import Parser, whole
 from convnext import CONVNEXTS, ConvNeXt
 from fast_decoding import compile_decoding, fastest_step
 from llama import Llama, LlamaConfig, generate, load_llama, save_llama
@@ -60,6 +60,8 @@ def bench_prefill(rounds, dtype):
 @torch.inference_mode()
 def bench_decode(rounds, folder, n=64):
     """Seconds of n tokens after a short prompt, prompt and its prefill included."""
+    if folder is None:
+        raise ValueError("decode needs the folder of a Hugging Face model")
     import transformers
     ours, tokenizer = load_llama(folder, dtype=torch.bfloat16), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -80,17 +82,20 @@ def bench_decode(rounds, folder, n=64):
     print(f"transformers over ours, compiled: {ratios['transformers'] / ratios['ours, compiled']:.2f}x")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("convnext", "prefill", "decode"))
-    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    args = parser.parse_args()
+def bench(args):
     if args.what == "decode":
         return bench_decode(args.rounds, args.folder)
-    bench = bench_convnext if args.what == "convnext" else bench_prefill
+    bench_it = bench_convnext if args.what == "convnext" else bench_prefill
     for dtype in (torch.float32, torch.bfloat16):
-        bench(args.rounds, dtype)
+        bench_it(args.rounds, dtype)
+
+
+def main():
+    parser = Parser(prog="python -m checks.bench_peers", description=__doc__)
+    parser.add_argument("what", choices=("convnext", "prefill", "decode"))
+    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder")
+    parser.add_argument("--rounds", type=whole(1), default=7, help="interleaved rounds (default 7)")
+    parser.run(bench)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ layouts (about 18 GB), a trained part beside them, and asks a question about a 1
 Prints the seconds for loading, vision, prefill and a token, and the peak of anonymous memory (RssAnon; the mapped pages
 of the files do not count). Random weights say nothing sensible; sizes, layouts and memory are the real ones.
 """
-import argparse
 import base64
 import dataclasses
 import json
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from aquila import PRESETS, Aquila, config_to_dict
+from commands.arguments import Parser, whole
 from llama import HUGGING_FACE, names_of
 from toy import scenes
 
@@ -108,11 +108,7 @@ def watch(pid, peak):
         time.sleep(0.05)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, help="where the files are written, about 20 GB")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens of the answer (default 24)")
-    args = parser.parse_args()
+def measure(args):
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
     write_files(folder)
@@ -125,6 +121,13 @@ def main():
     watcher.join()
     print(f"peak anonymous memory {peak[0]:.2f} GiB")
     sys.exit(code)
+
+
+def main():
+    parser = Parser(prog="python -m checks.full_size", description=__doc__)
+    parser.add_argument("folder", type=pathlib.Path, help="where the files are written, about 20 GB")
+    parser.add_argument("--tokens", type=whole(1), default=24, help="tokens of the answer (default 24)")
+    parser.run(measure)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,11 @@ Runs in the peers' environment and imports nothing of ours, so that a golden fil
     pip install -r tests/requirements-peers.txt && python -m checks.make_golden
 Every parameter is random, norms and layer scales too, so that no block is close to the identity.
 """
+import argparse
 import json
 from pathlib import Path
 
-import open_clip
-import peft
-import timm
-import tokenizers
 import torch
-import transformers
 from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden"
@@ -32,13 +28,15 @@ def randomize(model):
         p.copy_(p.half())                   # exact in float16, which is what is stored
 
 
-@timm.models.register_model
-def golden_convnext(**options):
-    return timm.models.convnext_large(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), **options)
-
-
 def convnext():
     """An open_clip model with its text tower, and all four maps of its trunk for both epsilons in use."""
+    import open_clip
+    import timm
+
+    @timm.models.register_model
+    def golden_convnext(**options):
+        return timm.models.convnext_large(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), **options)
+
     torch.manual_seed(0)
     vision = dict(timm_model_name="golden_convnext", timm_pool="", timm_proj="linear", image_size=64)
     text = dict(context_length=4, vocab_size=8, width=8, heads=1, layers=1)
@@ -76,6 +74,8 @@ LLAMAS = {
 
 def llama():
     """Two transformers models, their config.json, and their logits; for the first also with a LoRA made by peft."""
+    import peft
+    import transformers
     torch.manual_seed(1)
     out = {}
     for name, options in LLAMAS.items():
@@ -122,6 +122,7 @@ CORPUS = [
 
 def byte_level():
     """Two byte-level BPE tokenizers as tokenizer.json, and how Hugging Face's tokenizers encodes awkward texts."""
+    import tokenizers
     pre = tokenizers.pre_tokenizers
     llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -159,6 +160,7 @@ def byte_level():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     GOLDEN.mkdir(exist_ok=True)
     convnext()
     llama()

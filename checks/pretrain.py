@@ -6,7 +6,6 @@ label; the language model reads text alone. The files have the published layouts
     python -m checks.pretrain vision           # weights/tiny-clip.safetensors: a ConvNeXt and a text tower
     python -m checks.pretrain llm              # weights/tiny-llm/: a Llama and its tokenizer; without a word: both
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from commands.arguments import SEEDS, Parser, whole
 from convnext import CONVNEXTS, ChannelNorm, ConvNeXt
 from corpora.prompts import SHORT_ANSWER
 from data import VICUNA_SYSTEM, collate, encode_record
@@ -30,9 +30,11 @@ from pictures.image_files import CLIP_MEAN, CLIP_STD
 from tokenizer import BYTE_OF, IGNORE, load_tokenizer
 from toy.drawing import make_scene
 from toy.layout import Key, make_layout
-from toy.scenes import (CAPTION_PROMPTS, captions, count_objects, land_in_words, object_in_words, phrase, questions,
-                        region_questions, take_turns)
+from toy.scenes import (CAPTION_PROMPTS, captions, count_objects, phrase, place_in_fifths, questions, region_questions,
+                        take_turns)
 from train import optimizer_for
+
+NINTHS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 
 def train(model, loss_of_step, steps, decay, name, peak=2e-3):
@@ -125,6 +127,16 @@ def balance(trunk, pixels):
         first = stage.downsample[1] if number else trunk.stem[1]
         for p in (first.weight, first.bias, *(p for b in stage.blocks for p in (b.conv_dw.bias, b.gamma))):
             p.div_(out.square().mean().sqrt())
+
+
+def object_in_words(item):
+    """Color, class and place, as "red ship top left"; near a border between two fifths, the ninth of the picture."""
+    row, column = min(int(item.y * 3), 2), min(int(item.x * 3), 2)
+    return f"{item.color} {item.name} {place_in_fifths(item) or NINTHS[3 * row + column]}"
+
+
+def land_in_words(layout):
+    return f"{layout.cover} with {layout.feature.kind}" if layout.feature else layout.cover
 
 
 def phrases(index):
@@ -262,21 +274,23 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
     print(f"wrote {folder}")
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m checks.pretrain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both", help="default: both")
-    parser.add_argument("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
-    parser.add_argument("--vision-scenes", type=int, default=30000, help="train scenes drawn (default 30000)")
-    parser.add_argument("--vision-steps", type=int, default=4500, help="steps of 64 images (default 4500)")
-    parser.add_argument("--llm-scenes", type=int, default=20000, help="train scenes told in words (default 20000)")
-    parser.add_argument("--llm-steps", type=int, default=4000, help="steps of 16 conversations (default 4000)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    args = parser.parse_args()
+def pretrain(args):
     if args.part != "llm":
         pretrain_vision(args.out, args.vision_scenes, args.vision_steps, 64, args.seed)
     if args.part != "vision":
         pretrain_llm(args.out, args.llm_scenes, args.llm_steps, 16, args.seed)
+
+
+def main():
+    parser = Parser(prog="python -m checks.pretrain", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both", help="default: both")
+    parser.add_argument("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
+    parser.add_argument("--vision-scenes", type=whole(1), default=30000, help="train scenes drawn (default 30000)")
+    parser.add_argument("--vision-steps", type=whole(1), default=4500, help="steps of 64 images (default 4500)")
+    parser.add_argument("--llm-scenes", type=whole(1), default=20000, help="train scenes told in words (default 20000)")
+    parser.add_argument("--llm-steps", type=whole(1), default=4000, help="steps of 16 conversations (default 4000)")
+    parser.add_argument("--seed", type=whole(0, SEEDS), default=0, help="default 0")
+    parser.run(pretrain)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ token know, and how good must a mask be? Prints tables and writes pictures. Not 
 
 The first three are the experiments that the summary of arXiv 2411.06142 calls for, the last two its open questions.
 """
-import argparse
 import pathlib
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from aquila import load_model, locate_weights
+from commands.arguments import Parser, whole
 from data import Records, collate
 from mask_extractor import mask_pool
 from pictures.image_files import to_tensor
@@ -262,16 +262,8 @@ def overlaps(model, tokenizer, n):
 
 
 @torch.no_grad()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/tiny-plus/stage3", help="folder that train.py wrote")
-    parser.add_argument("--scenes", type=int, default=150, help="test scenes (default 150)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/regions"), help="folder of the pictures")
-    args = parser.parse_args()
-    try:
-        model = load_model(args.model)
-    except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"checks.region_checks: {e}\n")
+def look_inside(args):
+    model = load_model(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(locate_weights(model.config.llm_dir, "language model"))
     features_match(model, args.scenes, args.out)
@@ -280,6 +272,14 @@ def main():
     prompts(model, tokenizer, args.scenes)
     overlaps(model, tokenizer, args.scenes)
     print(f"\npictures in {args.out}: features.png (a region and where its feature is found again), spatial.png")
+
+
+def main():
+    parser = Parser(prog="python -m checks.region_checks", description=__doc__)
+    parser.add_argument("--model", default="runs/tiny-plus/stage3", help="folder that train.py wrote")
+    parser.add_argument("--scenes", type=whole(1), default=150, help="test scenes (default 150)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/regions"), help="folder of the pictures")
+    parser.run(look_inside)
 
 
 if __name__ == "__main__":

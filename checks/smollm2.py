@@ -8,8 +8,8 @@ Not part of the test suite, since it needs the weights. Exits with 1 if somethin
 import sys
 
 import torch
-import transformers
 
+from commands.arguments import Parser
 from fast_decoding import fastest_step
 from llama import generate, load_llama
 from tokenizer import load_tokenizer
@@ -18,7 +18,9 @@ PROMPTS = ["The capital of France is", "Water boils at 100 degrees and", "def fi
            "Once upon a time, in 1969,"]
 
 
-def main(folder):
+def compare(args):
+    import transformers
+    folder = args.folder
     ours, tokenizer = load_llama(folder), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -41,10 +43,14 @@ def main(folder):
         if prompt == PROMPTS[0] and "Paris" not in tokenizer.decode(tokens[:5]):
             failed = True
             print("    Paris is missing")
-    return int(failed)
+    sys.exit(int(failed))
+
+
+def main():
+    parser = Parser(prog="python -m checks.smollm2", description=__doc__)
+    parser.add_argument("folder", help="a Hugging Face directory of the model")
+    parser.run(compare)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    sys.exit(main(sys.argv[1]))
+    main()

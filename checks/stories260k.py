@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from commands.arguments import Parser
 from llama import generate, load_llama
 
 BOS, EOS = 1, 2
@@ -62,7 +63,8 @@ def read_pieces(file):
     return pieces
 
 
-def main(folder):
+def tell(args):
+    folder = args.folder
     with tempfile.TemporaryDirectory() as meta:
         convert(folder / "stories260K.bin", Path(meta))
         model = load_llama(meta)
@@ -73,12 +75,15 @@ def main(folder):
     print(text)
     if not text.startswith(expected.strip()):
         print(f"\nDIFFERS: expected to begin\n{expected}")
-        return 1
+        sys.exit(1)
     print(f"\nbegins with the {len(expected.strip())} characters of expected.txt")
-    return 0
+
+
+def main():
+    parser = Parser(prog="python -m checks.stories260k", description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds stories260K.bin, tok512.bin and expected.txt")
+    parser.run(tell)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1])))
+    main()

@@ -4,7 +4,6 @@ What flows where in a preset, and the LM of a trained stage for other programs.
     python aquila.py --preset aquila-8b
     python aquila.py --model runs/tiny/stage2 --export DIR, or --llm LLAMA --adapter PEFT --export DIR
 """
-import argparse
 import dataclasses
 import pathlib
 import shutil
@@ -13,8 +12,8 @@ import torch
 
 from aquila import (PRESETS, TRAINS, assemble, build, count_parameters, load_config, load_checkpoint,
                     locate_weights, parts_of_stage)
+from commands.arguments import Parser
 from convnext import STRIDES
-from files.text import one_line
 from llama import load_llama, load_lora, lora_layers, merge_lora, save_llama, save_lora
 from train import RECIPES
 
@@ -66,8 +65,7 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="aquila.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="aquila.py", description=__doc__)
     add = parser.add_argument
     add("--preset", default="tiny", choices=PRESETS, help="what to describe (default tiny)")
     add("--export", type=pathlib.Path, metavar="DIR", help="write DIR/llm, the LM with its LoRA merged, as a Hugging "
@@ -75,8 +73,4 @@ def main():
     add("--model", help="--export: folder that train.py wrote")
     add("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
     add("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"aquila.py: {one_line(e)}\n")
+    parser.run(run)

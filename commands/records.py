@@ -4,19 +4,20 @@ A file of records, looked at before training on it.
     python data.py check FILE --images DIR [--fix OUT]    # decodes images and masks, counts tokens, lists every problem
     python data.py show FILE --images DIR                 # prints what a model reads, the learned tokens marked
 """
-import argparse
 import collections
 import itertools
 import pathlib
 import sys
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
+from commands.arguments import Parser, whole
 from convnext import STRIDES
-from data import (CHATS, check_images, encode_record, encode_turns, form_problems, image_names, is_text, load_pixels,
-                  mentions, parse_records, read_records, turns_of)
+from data import (CHATS, KNOWN, check_images, encode_record, encode_turns, form_problems, image_names, is_text,
+                  load_pixels, meant, mentions, parse_records, read_records, turns_of)
 from files.text import one_line, write_json_lines
-from pictures.image_files import load_image
+from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
 
@@ -29,9 +30,10 @@ def problems_of(record, root, config):
     """[(kind, text)] of every problem of a record, or of the ValueError in its place; of what is TOLERATED, too."""
     found = list(form_problems(record))
     if not isinstance(record, dict):
-        return [("not JSON", str(record))] if isinstance(record, ValueError) else found
-    names, masks = [name for name in image_names(record) if is_text(name) and name], record.get("masks") or []
-    if all(kind == "empty answer" for kind, _ in found):                           # else it cannot be read as turns
+        return found
+    names = [name for name in image_names(record)[:MAX_IMAGES] if is_text(name) and name]
+    masks = record["masks"][:MAX_MASKS] if isinstance(record.get("masks"), list) else []
+    if all(kind in ("empty answer", "unknown key") for kind, _ in found):          # else it cannot be read as turns
         turns = turns_of(record)
         slots = problems_in("slots", check_images, turns, len(names)) if names else []
         slots += problems_in("slots", mentions, turns, len(masks)) if masks else []
@@ -39,10 +41,11 @@ def problems_of(record, root, config):
     for name in names:
         size, problems = open_once(name, root)
         found += problems
-        for value in masks if size and len(names) == 1 and isinstance(masks, list) else []:
+        for value in masks if size and len(names) == 1 else []:
             wrong = problems_in("mask", decode_mask, value, size, root)
             found += wrong or [(TOLERATED + words, "") for words in tolerated(value, size)]
-    return found
+    unread = [key for key in record if key not in KNOWN and not meant(record, key)]
+    return found + [(f"{TOLERATED}unknown key {key[:40]!r}", "") for key in unread]
 
 
 def check_room(turns, images, masks, config):
@@ -86,12 +89,15 @@ def check(path, root, workers, config, fix=None):
         kinds.update({kind for kind, _ in found})                                  # records, not problems, are counted
         problems = [text for kind, text in found if not kind.startswith(TOLERATED)]
         for text in problems:
-            print(f"line {number} ({one_line(str(name)[:80])}): {one_line(text)}")
+            print(one_line(f"line {number} ({str(name)[:80]}): {text}"))
         if not problems:
             clean.append({"id": str(number), **record})
         if sys.stderr.isatty() and (done % 100 == 0 or done == len(items)):
             print(f"\r{done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
-    for kind, n in sorted(kinds.items()):
+    without = [not image_names(record) for _, record in items if isinstance(record, dict)]
+    if any(without) and not all(without):
+        kinds[f"{TOLERATED}no image, among records with images"] = sum(without)
+    for kind, n in sorted(kinds.most_common(50)):
         print(f"{n:7d}  {kind}")
     print(f"{path}: {len(items)} records, {len(items) - len(clean)} with a problem")
     if fix:
@@ -116,25 +122,27 @@ def show(path, root, config, n):
             print(f"  {'+' if learned else '-'} {len(tokens):5d}  {name or repr(tokenizer.decode(tokens))}")
 
 
+def run(args):
+    config = SimpleNamespace(**vars(args), fit="resize", tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
+    if args.command == "show":
+        return show(args.file, args.images, config, args.n)
+    try:
+        sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)
+    except BrokenProcessPool as e:
+        raise ValueError(e) from None
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Look at a file of records before training on it.")
+    parser = Parser(prog="data.py", description="Look at a file of records before training on it.")
     add = parser.add_argument
     add("command", choices=("check", "show"), help="check: list every problem; show: print tokens and labels")
     add("file", help=".jsonl or .json file of records")
     add("--images", default=".", help="folder that image and mask paths start from (default: here)")
-    add("--workers", type=int, help="check: processes (default: all cores)")
+    add("--workers", type=whole(1, 1000), help="check: processes (default: all cores)")
     add("--fix", metavar="OUT", help="check: write the records without a problem to this .jsonl file")
-    add("-n", type=int, default=3, help="show: how many records (default 3)")
+    add("-n", type=whole(1), default=3, help="show: how many records (default 3)")
     add("--tokenizer", default=ROOT / "weights/tiny-llm", help="tokenizer file or folder (default: the tiny preset's)")
     add("--chat", default="llama-3", choices=CHATS, help="chat format (default llama-3)")
-    add("--max-len", type=int, default=1024, help="check: tokens of prompt, images and answer, at most (default 1024)")
-    add("--image-size", type=int, default=128, help="image side in pixels (default 128)")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
-    config = argparse.Namespace(**vars(args), fit="resize", tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
-    try:
-        if args.command == "check":
-            sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)
-        show(args.file, args.images, config, args.n)
-    except (ValueError, OSError, BrokenProcessPool) as e:
-        parser.exit(2, f"data.py: {one_line(e)}\n")
+    add("--max-len", type=whole(1), default=1024, help="check: tokens of prompt, images and answer (default 1024)")
+    add("--image-size", type=whole(STRIDES[-1], 8192), default=128, help="image side in pixels (default 128)")
+    parser.run(run)

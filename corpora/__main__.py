@@ -8,10 +8,10 @@ Published data sets -> our records, LLaVA's form, one JSON object a line (Aquila
 Captions: in train one line a caption, in val and test one line an image with all its captions in `references`.
 Questions: one line each with their `type`. No image is opened: `python data.py check` does that.
 """
-import argparse
 from collections import Counter
 from pathlib import Path
 
+from commands.arguments import Parser, whole
 from corpora.coco import PER_REGION, SHARES
 from corpora.table import CORPORA, MIXES, read_corpus, read_mix
 from files.text import write_json_lines
@@ -31,8 +31,7 @@ fit-rs/), image paths then start from --root; corpora that are not there are lis
 
 coco-masks, any COCO instance file; share of each type of record:
 {shares}"""
-    parser = argparse.ArgumentParser(prog="python -m corpora", description=__doc__, epilog=lists,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m corpora", description=__doc__, epilog=lists)
     add = parser.add_argument
     add("name", metavar="NAME", help="corpus or mix, from the lists below")
     add("--root", required=True, metavar="DIR", help="folder of the data set as published (required)")
@@ -44,13 +43,14 @@ coco-masks, any COCO instance file; share of each type of record:
     add("--raw-answers", action="store_true",
         help="RSVQA: keep counts and areas as written, \"37\" or \"512m2\", instead of the authors' classes such as "
              "\"between 10 and 100\" (default: off)")
-    add("--limit-per-image", type=int, default=20, metavar="N",
+    add("--limit-per-image", type=whole(1), default=20, metavar="N",
         help=f"coco-masks: records of an image, at most; never more than {PER_REGION} times its regions (default: 20)")
     return parser
 
 
-def convert(args, label):
+def convert(args):
     """Writes all records or none, and prints how many there are of each type."""
+    label = f"{args.name} {args.split}"
     if not args.out.parent.is_dir() or args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a file name in a folder that exists")
     if args.name not in MIXES:
@@ -80,12 +80,7 @@ def convert(args, label):
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        convert(args, f"{args.name} {args.split}")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"corpora: {error}\n")
+    build_parser().run(convert, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import permutations, product
 from typing import NamedTuple
 
 from corpora.prompts import choose_prompt, stable_hash
@@ -91,8 +91,7 @@ def read_coco(corpus, root, split):
     pictures, classes = read_pictures(published_file(corpus, root, split))
     survey = Survey(classes, Counter(), Counter())
     for picture in pictures:
-        survey.seen.update(picture.present)
-        survey.seen.update((name, other) for name, other in product(picture.present, repeat=2) if name != other)
+        survey.seen.update([*picture.present, *permutations(picture.present, 2)])
     for picture in pictures:
         yield from picture_records(corpus, split, picture, survey)
 
@@ -218,6 +217,7 @@ def detail(picture, region, others):
         shape = f"about {long / short:.1f} times as {sides}"
     areas = [other.area for other in others if other.name == region.name]
     kind, n = plural(region.name), len(areas) + 1
+    rank = f"one of {n} {kind}"
     if region.name in picture.crowds:
         rank = f"one of many {kind}"
     elif not areas:
@@ -226,8 +226,6 @@ def detail(picture, region, others):
         rank = f"the largest of {n} {kind}"
     elif region.area < min(areas):
         rank = f"the smallest of {n} {kind}"
-    else:
-        rank = f"one of {n} {kind}"
     text = f"{caption(picture, region)} It covers {covers} percent of the image and is {shape}. It is {rank} there."
     return text if picture.crowds else f"{text} {nearest(region, others)}"
 

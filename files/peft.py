@@ -3,7 +3,10 @@ LoRA in the files of PEFT (github.com/huggingface/peft): adapter_config.json and
 """
 import pathlib
 
-from files.text import read_json, write_json
+import torch
+
+from files.checked_json import read_fields
+from files.text import naming, one_line, write_json
 from files.weights import fill, open_tensors, write_tensors
 from lora import apply_lora, lora_layers
 
@@ -41,19 +44,21 @@ PEFT_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (
 def load_lora(model, folder):
     """Apply and fill the LoRA that PEFT (or save_lora) wrote to folder."""
     folder = pathlib.Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    refused = [f"{key} {value!r}" for key, value in config.items()
+    config = read_fields(folder / "adapter_config.json")
+    refused = [one_line(f"{key} {value}")[:80] for key, value in config.values.items()
                if value and key not in PEFT_PLAIN and value not in PEFT_VALUES.get(key, ())]
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        refused.append(f"target_modules {targets!r}, not a list of names such as q_proj")
     if refused:
-        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(refused)}: not plain LoRA; merge the adapter "
-                         "with PEFT and load the merged model")
-    apply_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
-               [name.removesuffix("_proj") for name in targets])
+        raise ValueError(f"{config.where}: {', '.join(refused)}: not plain LoRA; merge the adapter with PEFT and load "
+                         "the merged model")
+    targets = config.take("target_modules", list[str])                       # names such as q_proj
+    lora = (config.take("r", int, 1), config.take("lora_alpha", float), config.take("lora_dropout", float, 0, 1, 0.0),
+            [name.removesuffix("_proj") for name in targets])
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         file = folder / "adapter_model.bin"                                        # PEFT before 0.8
-    fill(peft_parameters(model), open_tensors(file).items(), file)
+    stored = open_tensors(file).items()
+    with naming(config.where), torch.device("meta"):           # a rank is compared before memory is taken for it
+        claimed = apply_lora(type(model)(model.config), *lora)
+    fill(peft_parameters(claimed), stored, file)
+    fill(peft_parameters(apply_lora(model, *lora)), stored, file)
     return model

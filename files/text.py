@@ -6,22 +6,25 @@ import json
 import os
 import pathlib
 
+DEEPEST = 50                                # brackets within brackets
+
 
 def one_line(text):
-    """Text of any origin as one printable line of bounded length, for a message."""
+    """Text of any origin as one printable line of at most 600 characters, for a message."""
     text = str(text)
-    text = text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if len(text) <= 1200 else text[:600] + text[-600:]
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= 600 else f"{line[:400]} ... {line[-195:]}"
 
 
 def path_inside(name, root, what):
     """A file that a data file names, under root; what: "image", "mask". Data files come from anywhere."""
     root = pathlib.Path(root)
-    path = root / name
+    path, name = root / name, one_line(name)[:200]
     try:
         inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
-    except (OSError, ValueError, RuntimeError) as e:                               # too long, a NUL, a ring of links
-        raise ValueError(f"{what} {one_line(name)}: not a path ({one_line(e)})") from None
+    except (OSError, ValueError, RuntimeError):                                    # too long, a NUL, a ring of links
+        raise ValueError(f"{what} {name}: not a path of this system") from None
     if not inside:
         raise ValueError(f"{what} {name}: the path leaves the image folder {root}")
     if not there:
@@ -29,37 +32,52 @@ def path_inside(name, root, what):
     return path
 
 
-def read_text(path):
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+@contextlib.contextmanager
+def naming(where=None):
+    """A ValueError inside is one bounded line, and begins with the file, or file and line, that it is about."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text at byte {e.start}; is the download damaged?") from None
+        yield
+    except ValueError as e:
+        raise ValueError(one_line(e if where is None else f"{where}: {e}")) from None
+
+
+def regular_file(path):
+    """The path, if a file is there: no folder, and no FIFO or device, which might never end."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(one_line(f"{path} is not there, or no regular file"))
+    return pathlib.Path(path)
 
 
 def parse_json(text, where=None):
-    """Text, or bytes of UTF-8, -> a JSON value; where: the file, or file and line, to begin an error with."""
-    prefix = "" if where is None else f"{where}: "
-    try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except RecursionError:
-        raise ValueError(f"{prefix}brackets are nested too deeply") from None
-    except ValueError as e:
-        raise ValueError(f"{prefix}not valid JSON: {e}; is the file cut off?") from None
+    """Text, or bytes of UTF-8, -> a JSON value; where: to begin an error with."""
+    with naming(where):
+        try:
+            value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"not UTF-8 text at byte {e.start}; is the download damaged?") from None
+        except RecursionError:
+            raise ValueError("brackets are nested too deeply") from None
+        except ValueError as e:
+            raise ValueError(f"not valid JSON: {e}; is the file cut off?") from None
+        layer = [[value]]
+        for _ in range(DEEPEST):
+            parts = [part.values() if isinstance(part, dict) else part for part in layer]
+            layer = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
+        if layer:
+            raise ValueError("brackets are nested too deeply")
+    return value
 
 
 def read_json(path, default=None):
     """default: the value of a file that may be missing."""
     if default is not None and not pathlib.Path(path).exists():
         return default
-    return parse_json(read_text(path), path)
+    return parse_json(regular_file(path).read_bytes(), path)
 
 
 def read_json_lines(path):
     """Yields (where, value) of every line that is not blank; where: file and line, to begin an error with."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(regular_file(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where)
@@ -69,6 +87,8 @@ def read_json_lines(path):
 def written_whole(path):
     """Yields a temporary path beside `path` and renames it when all went well: a file that is there is whole."""
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; write to another")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -1,9 +1,7 @@
 """
 Weight files: what safetensors and torch.save wrote, read tensor by tensor and filled into a model strictly.
 """
-import os
 import pathlib
-import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -14,12 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files.text import written_whole
+from files.checked_json import read_fields
+from files.text import one_line, regular_file, written_whole
+
+FLOATS = ("F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     shape: tuple
+    dtype: torch.dtype | str                # or its name in safetensors
     read: Callable                          # -> the tensor; to be called once, for what is read is forgotten
 
 
@@ -31,19 +33,21 @@ def open_tensors(path):
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
         file = open_safetensors(path)
-        return {name: StoredTensor(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-                for name in file.keys()}
+        headers = [(name, file.get_slice(name)) for name in file.keys()]
+        return {name: StoredTensor(tuple(header.get_shape()), header.get_dtype(), partial(file.get_tensor, name))
+                for name, header in headers}
     tensors = open_pickle(path)
-    return {name: StoredTensor(tuple(t.shape), partial(tensors.pop, name)) for name, t in tensors.items()}
+    if sum(t.nbytes for t in tensors.values()) > 2 * path.stat().st_size:          # two names may share one storage
+        raise ValueError(f"{path}: its tensors claim more numbers than the file holds; download it again")
+    return {name: StoredTensor(tuple(t.shape), t.dtype, partial(tensors.pop, name)) for name, t in tensors.items()}
 
 
 def open_safetensors(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not there")
+    path = regular_file(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({e}); download it again") from None
+        raise ValueError(one_line(f"{path}: not a whole safetensors file ({e}); download it again")) from None
 
 
 def open_pickle(path):
@@ -51,49 +55,76 @@ def open_pickle(path):
     {name: tensor} of a file of torch.save, without running any code in it; mapped and not read, where it is a zip. A
     training checkpoint's "model" or "state_dict" is taken out of it.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not there")
-    if pathlib.Path(path).suffix not in (".bin", ".pt", ".pth"):
+    if regular_file(path).suffix not in (".bin", ".pt", ".pth"):
         raise ValueError(f"{path}: expected weights that end in .safetensors, .bin, .pt or .pth")
     try:                                    # torch.save before 1.6 wrote no zip: such a file is read whole
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        code = re.search(r"GLOBAL (\S+)", str(e))
+    except Exception as e:                  # a damaged pickle fails in every way there is
+        code = re.search(r"GLOBAL ([\w.]{1,60})", str(e))
         if code:
             raise ValueError(f"{path}: refused, its pickle wants to run {code[1]}; get the safetensors file") from None
-        reason = re.split(r"\n|\. ", str(e))[0] or "it ends too early"
+        reason = one_line(re.split(r"\n|\. ", str(e))[0])[:200] or "it ends too early"
         raise ValueError(f"{path}: not a whole PyTorch file ({reason}); download it again") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    plain = isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values())
+    if not plain or any(t.layout != torch.strided or t.is_meta for t in tensors.values()):
         raise ValueError(f"{path}: holds something else than named tensors; expected a model's state dict")
     return tensors
+
+
+def weight_files(folder):
+    """The files of a Hugging Face folder: those that its index names, else all whose names begin as they should."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.exists():
+            names = set(read_fields(index).take("weight_map", dict[str, str]).values())
+            if any(name != pathlib.PurePath(name).name for name in names):
+                raise ValueError(one_line(f"{index}: names {sorted(names)}, expected files of its folder"))
+            return [folder / name for name in sorted(names)]
+        files = sorted(folder.glob(f"{stem}*{suffix}"))
+        if files:
+            return files
+    raise FileNotFoundError(f"{folder} has config.json, but no model*.safetensors and no pytorch_model*.bin")
 
 
 @torch.no_grad()
 def fill(targets, stored, source):
     """
-    Copy stored, an iterable of (name, StoredTensor), into targets {name: parameter}, one tensor at a time. Before
-    anything is read, every name must be there once, with its shape, else one ValueError lists what is wrong.
+    Copy stored, pairs of (name, StoredTensor), into targets {name: parameter}, one tensor at a time. Before anything is
+    read, every name must be there once, with its shape and as floats, else one ValueError lists what is wrong. Into
+    targets on the meta device nothing is copied: that compares, before memory is taken for what a config claims.
     """
-    missing, pairs, unexpected, misshapen = dict(targets), [], [], []
+    no_floats = "not of float16, bfloat16, float32 or float64"
+    missing, pairs, wrong = dict(targets), [], {"missing": [], "unexpected": [], "misshapen": [], no_floats: []}
     for name, tensor in stored:
         target = missing.pop(name, None)
         if target is None:
-            unexpected.append(f"{name} {tensor.shape}")
+            wrong["unexpected"].append(f"{name} {tensor.shape}")
         elif tensor.shape != tuple(target.shape):
-            misshapen.append(f"{name} {tensor.shape} instead of {tuple(target.shape)}")
-        else:
-            pairs.append((target, tensor))
-    lists = {"missing": [f"{name} {tuple(p.shape)}" for name, p in missing.items()], "unexpected": unexpected,
-             "misshapen": misshapen}
-    wrong = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-             for kind, names in lists.items() if names]
-    if wrong:
-        raise ValueError(f"{source}: does not fit the model; {'; '.join(wrong)}; is it the file of another model?")
-    for target, tensor in pairs:
+            wrong["misshapen"].append(f"{name} {tensor.shape} instead of {tuple(target.shape)}")
+        elif tensor.dtype not in FLOATS:
+            wrong[no_floats].append(f"{name} {tensor.dtype}")
+        elif not target.is_meta:
+            pairs.append((name, target, tensor))
+    wrong["missing"] += [f"{name} {tuple(p.shape)}" for name, p in missing.items()]
+    found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                      for kind, names in wrong.items() if names)
+    if found:
+        raise ValueError(one_line(f"{source}: does not fit the model; {found}; is it the file of another model?"))
+    for name, target, tensor in pairs:
         target.copy_(tensor.read())
+        if not target.sum().isfinite() and not target.isfinite().all():            # a sum is fast; it may overflow
+            raise ValueError(f"{source}: {name} holds NaN or infinite numbers; download it again")
+
+
+def fill_new(model, device, named, stored, source):
+    """Compare a model on the meta device with what is stored, then make it and fill it. named(model): the targets."""
+    fill(named(model), stored, source)
+    model.to_empty(device=device)
+    fill(named(model), stored, source)
+    return model.eval()
 
 
 def write_tensors(path, tensors, metadata=None):

@@ -2,6 +2,7 @@
 The curve of a training run as a picture, drawn with Pillow alone.
 """
 import math
+from itertools import accumulate
 
 from PIL import Image, ImageDraw
 
@@ -10,10 +11,7 @@ def draw_curve(losses, path, width=800, height=420):
     """The loss of every step (gray) and its running mean (blue), on a logarithmic axis, as a PNG."""
     image = Image.new("RGB", (width, height), "white")
     draw, left, top, right, bottom = ImageDraw.Draw(image), 60, 30, width - 20, height - 40
-    mean, means = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * 0.05
-        means.append(mean)
+    means = list(accumulate(losses, lambda mean, loss: mean + (loss - mean) * 0.05))
     low, high = math.log(max(min(losses), 1e-6)), math.log(max(max(losses), 2e-6))
     x = lambda i: left + (right - left) * i / max(len(losses) - 1, 1)
     y = lambda v: bottom - (bottom - top) * (math.log(max(v, 1e-6)) - low) / max(high - low, 1e-9)
@@ -22,7 +20,8 @@ def draw_curve(losses, path, width=800, height=420):
         draw.text((8, y(value) - 6), f"{value:.3f}", fill="black")
     draw.line([(x(i), y(v)) for i, v in enumerate(losses)], fill=(190, 190, 190), width=1)
     draw.line([(x(i), y(v)) for i, v in enumerate(means)], fill=(30, 90, 180), width=2)
-    draw.text((left, 8), f"loss per learned token, {len(losses)} steps, last {mean:.4f} (running mean)", fill="black")
+    heading = f"loss per learned token, {len(losses)} steps, last {means[-1]:.4f} (running mean)"
+    draw.text((left, 8), heading, fill="black")
     draw.text((left, bottom + 8), "1", fill="black")
     draw.text((right - 30, bottom + 8), str(len(losses)), fill="black")
     image.save(path)

@@ -4,7 +4,6 @@ Predictions as one HTML page: python -m pictures.gallery pred.jsonl --out galler
 A caption is neither right nor wrong; under "worst first" its own BLEU-1 places it among the questions. The masks of a
 row lie on its first image, each in its color and with its number, <region1> first.
 """
-import argparse
 import base64
 import io
 import json
@@ -15,6 +14,7 @@ from string import Template
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from commands.arguments import Parser, whole
 from data import image_names
 from files.text import written_whole
 from pictures.image_files import load_image
@@ -34,11 +34,12 @@ CARD = Template("""<article class="$state" data-type="$type" data-order="$order"
 
 def graded(path):
     """The predictions of a file, each with truth (texts), points (0 to 1), state, verdict and pictures."""
-    rows = [{"id": n, "type": "question", "question": "", **row} for n, row in enumerate(read_predictions(path), 1)]
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for number, (where, row) in enumerate(read_predictions(path), 1):
+        row = {"id": number, "type": "question", "question": "", **row}
         names, masks, references = image_names(row), row.get("masks", []), references_of(row)
         if not all(isinstance(text, str) for text in [row["question"], *names]) or not isinstance(masks, list):
-            raise ValueError(f"{path}, line {number}: question and image must be texts, masks a list")
+            raise ValueError(f"{where}: question and image must be texts, masks a list")
         row["pictures"] = [(name, "[]" if i else json.dumps(masks)) for i, name in enumerate(names)]
         row["truth"] = references or [row["answer"]]
         if references:
@@ -47,6 +48,7 @@ def graded(path):
         else:
             row["points"] = int(same_answer(row["prediction"], row["answer"]))
             row["state"] = row["verdict"] = "right" if row["points"] else "wrong"
+        rows.append(row)
     return rows
 
 
@@ -54,10 +56,8 @@ def draw_masks(image, masks):
     """Masks (R, h, w) bool laid on an RGB image of any size: a light fill, an outline and the number of the region."""
     out, numbers = np.array(image, dtype=float), []
     for i, mask in enumerate(masks):
-        small = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX)
-        inside = np.array(small) > 127
-        if not inside.any():                # less than a pixel keeps one
-            inside = np.array(small) > 0
+        share = np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX))
+        inside = share > (127 if share.max() > 127 else 0)                         # less than a pixel keeps one
         wide = np.pad(inside, 1)
         edge = inside & ~(wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:])
         color = np.array(REGIONS[i % len(REGIONS)])
@@ -106,10 +106,10 @@ def page(title, rows, shown, pictures):
 
 
 def write_gallery(args):
+    if args.out.suffix != ".html" or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: expected a name that ends in .html, in a folder that is there")
     rows = graded(args.predictions)
     n = min(args.limit, len(rows))
-    if n < 1:
-        raise ValueError(f"--limit {args.limit}: expected at least 1")
     shown = [rows[i * len(rows) // n] for i in range(n)]
     keys = {key for row in shown for key in row["pictures"]}                       # an image of many rows is read once
     pictures = {key: picture(*key, args.images) for key in keys}
@@ -120,18 +120,13 @@ def write_gallery(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", type=pathlib.Path, help="predictions, a .jsonl file that evaluate.py wrote")
-    parser.add_argument("--out", default="gallery.html", type=pathlib.Path, help="page to write (default gallery.html)")
-    parser.add_argument("--images", default=".", help="folder that the image paths start from (default: here)")
-    parser.add_argument("--limit", type=int, default=300, help="cards on the page, at most (default 300, up to 10 MB)")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.suffix != ".html" or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: expected a name that ends in .html, in a folder that is there")
-        write_gallery(args)
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"pictures.gallery: {e}\n")
+    parser = Parser(prog="python -m pictures.gallery", description=__doc__)
+    add = parser.add_argument
+    add("predictions", type=pathlib.Path, help="predictions, a .jsonl file that evaluate.py wrote")
+    add("--out", default="gallery.html", type=pathlib.Path, help="page to write (default gallery.html)")
+    add("--images", default=".", help="folder that the image paths start from (default: here)")
+    add("--limit", type=whole(1), default=300, help="cards on the page, at most (default 300, up to 10 MB)")
+    parser.run(write_gallery, argv)
 
 
 if __name__ == "__main__":

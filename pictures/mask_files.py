@@ -10,12 +10,15 @@ A mask value is one of
 Pixel (0, 0) is the top left one and covers x from 0 to 1. Polygons are filled as COCO's own code fills them.
 """
 import numpy as np
-from PIL import Image
 
-from files.text import path_inside
-from pictures.image_files import FORMATS, PILLOW_ERRORS, open_scene
+from files.text import naming, path_inside
+from pictures.image_files import open_picture
+from toy.scenes import open_scene
+
+MAX_OUTLINE = 2 ** 20                       # pixels along all polygons of a mask
 
 
+@naming()
 def decode_mask(value, size, root="."):
     """A mask value -> (h, w) bool; size is the (width, height) of the image that it lies on. ValueError in one line."""
     w, h = size
@@ -27,11 +30,10 @@ def decode_mask(value, size, root="."):
         mask = decode_runs(value, size)
     elif isinstance(value, dict) and "bbox" in value:
         x, y, bw, bh = coordinates(value["bbox"], "bbox", 4, 4)
-        mask = fill_polygon([x, y, x + bw, y, x + bw, y + bh, x, y + bh], w, h)
+        mask = fill_polygons([[x, y, x + bw, y, x + bw, y + bh, x, y + bh]], w, h)
     elif isinstance(value, list) and value:
-        mask = np.zeros((h, w), bool)
-        for polygon in value if isinstance(value[0], list) else [value]:
-            mask |= fill_polygon(coordinates(polygon, "polygon", 6), w, h)
+        polygons = value if isinstance(value[0], list) else [value]
+        mask = fill_polygons([coordinates(polygon, "polygon", 6) for polygon in polygons], w, h)
     else:
         raise ValueError(f"mask {str(value)[:60]!r}: expected a file, polygons, run lengths, a bbox or an annotation")
     if not mask.any():
@@ -61,8 +63,8 @@ def check_size(what, size, of_image):
 def coordinates(values, what, least, most=None):
     """The values, if they are so many numbers x, y, ..., each less than a million; else a ValueError."""
     right = isinstance(values, list) and len(values) % 2 == 0 and least <= len(values) <= (most or len(values))
-    if not right or not all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in values):
-        raise ValueError(f"{what} {str(values)[:60]}: expected {least}{'' if most else ' or more'} numbers x, y, ...")
+    if not right or not all(type(v) in (int, float) and abs(v) < 1e6 for v in values):
+        raise ValueError(f"{what} {str(values)[:60]!r}: expected {least}{'' if most else ' or more'} numbers x, y, ...")
     return values
 
 
@@ -76,14 +78,10 @@ def read_mask(name, size, root):
         mask = objects[int(number)].mask
         check_size(name, mask.shape[::-1], size)
         return mask
-    path = path_inside(name, root, "mask")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            given, pixels = image.size, None
-            if given == tuple(size):
-                pixels = np.asarray(image.convert("I") if image.mode.startswith("I") else image)
-    except PILLOW_ERRORS as e:
-        raise ValueError(f"mask {name}: not an image that Pillow can read ({e})") from None
+    with open_picture(path_inside(name, root, "mask"), "mask") as (image, _):
+        given, pixels = image.size, None
+        if given == tuple(size):
+            pixels = np.asarray(image.convert("I") if image.mode.startswith("I") else image)
     check_size(name, given, size)
     if pixels.ndim == 3:                    # RGB whose channels are equal; an alpha channel does not count
         color = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1]
@@ -91,7 +89,7 @@ def read_mask(name, size, root):
             raise ValueError(f"mask {name}: its channels differ; expected a picture of two values, one of them 0")
         pixels = color[..., 0]
     values = np.unique(pixels)
-    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0) or not np.isfinite(values).all():
         raise ValueError(f"mask {name}: {len(values)} values from {values[0]} to {values[-1]}; "
                          "expected two, 0 outside and another inside")
     return pixels != 0
@@ -100,12 +98,12 @@ def read_mask(name, size, root):
 def decode_runs(value, image_size):
     """COCO's run lengths, zeros first, down the columns -> (h, w) bool."""
     size, counts = value.get("size"), value["counts"]
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(v, int) and 0 < v < 1e5 for v in size)):
-        raise ValueError(f"run lengths with size {str(size)[:60]}: expected [height, width] in pixels")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 1e5 for v in size)):
+        raise ValueError(f"run lengths with size {str(size)[:60]!r}: expected [height, width] in pixels")
     h, w = size
     check_size(value, (w, h), image_size)
     runs = decompress(counts) if isinstance(counts, str) else counts
-    whole = isinstance(runs, list) and all(isinstance(n, int) for n in runs)
+    whole = isinstance(runs, list) and all(type(n) is int for n in runs)
     if not whole or min(runs, default=0) < 0 or sum(runs) != h * w:
         raise ValueError(f"run lengths add up to {str(sum(runs))[:30] if whole else 'no number'}, "
                          f"expected {h} x {w} = {h * w}, and none below zero")
@@ -134,34 +132,38 @@ def decompress(text):
     return runs
 
 
-def fill_polygon(xy, w, h):
+def fill_polygons(polygons, w, h):
     """
-    One polygon [x, y, x, y, ...] as COCO's maskApi.c (rleFrPoly) fills it -> (h, w) bool. The outline is walked on a
-    grid five times as fine; down a column, each row where it crosses the middle switches between outside and inside.
+    The union of polygons [x, y, x, y, ...], filled as COCO's maskApi.c (rleFrPoly) does -> (h, w) bool. Outlines are
+    walked on a grid five times as fine; down a column, each row where one crosses the middle is a switch: in or out.
     """
-    corners = (5 * np.array(xy, np.float64).reshape(-1, 2) + 0.5).astype(np.int64)  # towards zero, as in C
-    following = np.roll(corners, -1, axis=0)
-    if np.abs(corners - following).max(1).sum() > 2e7:
-        raise ValueError(f"polygon {str(xy)[:60]}: its outline is longer than four million pixels")
-    grid = np.concatenate([walk(a, b) for a, b in zip(corners, following)])
-    moved = np.flatnonzero(np.diff(grid[:, 0]))                                    # steps to another column
+    corners = [(5 * np.array(xy, np.float64).reshape(-1, 2) + 0.5).astype(np.int64) for xy in polygons]  # as C rounds
+    starts, ends = np.concatenate(corners), np.concatenate([np.roll(xy, -1, axis=0) for xy in corners])
+    if np.abs(starts - ends).max(1).sum() > 5 * MAX_OUTLINE:
+        raise ValueError(f"polygons {str(polygons)[:60]}: their outline is longer than {MAX_OUTLINE:,} pixels")
+    line, grid = walk(starts, ends)
+    moved = np.flatnonzero((line[1:] == line[:-1]) & (grid[1:, 0] != grid[:-1, 0]))            # to another column
     x, y = (np.minimum(grid[moved], grid[moved + 1]).T + 0.5) / 5 - 0.5            # in pixels; x is whole in the middle
     kept = (x == np.floor(x)) & (x >= 0) & (x <= w - 1)
+    polygon = np.repeat(np.arange(len(corners)), [len(xy) for xy in corners])[line[moved[kept]]]
     # Counted down the columns. Row h, below the image, is row 0 of the next column: outside again.
-    places = x[kept] * h + np.ceil(np.clip(y[kept], 0, h))
-    switches = np.bincount(places.astype(np.int64), minlength=h * w + 1)[:h * w]
-    return (np.cumsum(switches) % 2 == 1).reshape(w, h).T
+    places = (x[kept] * h + np.ceil(np.clip(y[kept], 0, h))).astype(np.int64)
+    # Of each polygon, every second switch leads in: it counts one up, the next one down.
+    places, depth = places[np.lexsort((places, polygon))], 1 - 2 * (np.arange(len(places)) % 2)
+    order = np.argsort(places, kind="stable")
+    runs = np.diff(places[order], prepend=0, append=h * w)
+    return np.repeat(np.cumsum(np.append(0, depth[order])) > 0, runs).reshape(w, h).T
 
 
-def walk(start, end):
-    """The grid points of a line, both ends included, one a step along its longer axis: (n + 1, 2) int64."""
-    dx, dy = np.abs(end - start)
-    long, short = (0, 1) if dx >= dy else (1, 0)
-    # The shorter axis is reckoned from the end where the longer one is smaller: a line and its reverse agree.
-    backward = start[long] > end[long]
-    first, last = (end, start) if backward else (start, end)
-    steps, slope = np.arange(max(dx, dy) + 1), (last[short] - first[short]) / max(dx, dy, 1)
-    points = np.empty((len(steps), 2), np.int64)
-    points[:, long] = first[long] + steps
-    points[:, short] = (first[short] + slope * steps + 0.5).astype(np.int64)
-    return points[::-1] if backward else points
+def walk(starts, ends):
+    """Grid points of lines, both ends too, one a step along the longer axis -> line of each (n,), x and y (n, 2)."""
+    size = np.abs(ends - starts)
+    steps, upright = size.max(1), size[:, 1:] > size[:, :1]
+    a, b = (np.where(upright, xy[:, ::-1], xy) for xy in (starts, ends))           # the longer axis first
+    # From the end where the longer axis is smaller: a line and its reverse agree.
+    first, last = np.where(a[:, :1] > b[:, :1], (b, a), (a, b))
+    line = np.repeat(np.arange(len(steps)), steps + 1)
+    step = np.arange(len(line)) - (np.cumsum(steps + 1) - steps - 1)[line]
+    slope = (last - first)[:, 1] / np.maximum(steps, 1)
+    points = np.stack([first[line, 0] + step, (first[line, 1] + slope[line] * step + 0.5).astype(np.int64)], 1)
+    return line, np.where(upright[line], points[:, ::-1], points)

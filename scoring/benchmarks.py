@@ -2,8 +2,7 @@
 The paper's benchmarks: which records are asked (its Table 1), which answers need no model, and how its Tables 3 and 4
 print with our figures below theirs. evaluate.py asks and scores; nothing here needs a model.
 
-A figure of theirs is the paper's, not measured here, and every line of it says so. The best constant answer and the
-true class show what a number is worth: the first never looks at an image. Rows and scores are as in scores.py.
+A figure of theirs is the paper's, not measured here, and every line of it says so. Rows and scores: as in scores.py.
 """
 import re
 from collections import Counter, namedtuple
@@ -103,8 +102,7 @@ def true_class_rows(rows, benchmark, root):
     """Rows answered with the most common train caption of the image's class; None where names tell no class."""
     if BENCHMARKS[benchmark].metric != "BLEU-1" or "train" not in CORPORA[benchmark].splits:
         return None
-    path = Path(root, "classes.json")
-    classes = read_json(path) if path.is_file() else {}
+    classes = read_json(Path(root, "classes.json"), {})
     answer = most_common((scene_class(record["image"], benchmark, classes), record["conversations"][1]["value"])
                          for record in read_corpus(benchmark, root, "train"))
     kinds = [scene_class(row["image"], benchmark, classes) for row in rows]

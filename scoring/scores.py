@@ -5,7 +5,7 @@ A row is a dict: `prediction`, and `answer` (for a question, right or wrong) or 
 type, sampling and others if known. Scores are {name: (value in percent, how many rows it counts)}, where "type: figure"
 is of one type of rows.
 """
-from files.text import read_json_lines
+from files.text import one_line, read_json_lines
 from scoring.metrics import (accuracy, mean_over_types, nearest_class, normalize_answer, pope, same_answer,
                              score_captions, semantic_iou)
 
@@ -13,8 +13,8 @@ SENTENCES = ("region caption", "region detail", "region reasoning")             
 
 
 def read_predictions(path):
-    """The rows of a .jsonl file; ValueError names the first line that is none."""
-    rows = [prediction_row(row, where) for where, row in read_json_lines(path)]
+    """(where, row) of each line of a .jsonl file; ValueError names the first line that is no row."""
+    rows = [(where, prediction_row(row, where)) for where, row in read_json_lines(path)]
     if not rows:
         raise ValueError(f"{path} holds no predictions; expected one JSON object a line")
     return rows
@@ -38,6 +38,8 @@ def prediction_row(row, where):
         value = row.get(key, default)
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key} {str(value)[:60]}: expected a text")
+    if row.get("type") in ("all", "accuracy"):
+        raise ValueError(f"{where}: type {row['type']!r} is the name of the sum over types; rename it")
     return row
 
 
@@ -127,9 +129,9 @@ def print_table(columns):
     for name in first:
         group, _, figure = name.rpartition(": ")
         if group != above:
-            print(group)
+            print(one_line(group))
             above = group
-        label = f"  {figure}" if group else name
+        label = one_line(f"  {figure}" if group else name)
         values = "".join(f"{scores[name][0]:15.2f}" for scores in columns.values())
         print(f"{label:{width}}{first[name][1]:9,}{values}")
     if any(name.endswith("BLEU-1") and n == 1 for name, (_, n) in first.items()):

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+SIZES = (64, 2048)                          # the smallest side and the largest, in pixels
 CLASSES = ("storage tank", "building", "plane", "ship", "vehicle")
 COLORS = {"white": (240, 240, 236), "gray": (140, 141, 145), "red": (190, 45, 38), "blue": (36, 92, 212),
           "yellow": (232, 196, 40), "green": (25, 150, 85), "black": (32, 32, 36)}
@@ -59,9 +60,9 @@ def rotate(angle, x, y):
 def check_key(split, index, seed, size):
     if split not in SPLITS:
         raise ValueError(f"scene split {split!r}: expected one of {', '.join(SPLITS)}")
-    for what, value, least in (("index", index, 0), ("seed", seed, 0), ("size", size, 64)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"scene {what} {value!r}: expected a whole number of at least {least}")
+    for what, value, least, most in (("index", index, 0, 2 ** 32), ("seed", seed, 0, 2 ** 32), ("size", size, *SIZES)):
+        if not isinstance(value, (int, np.integer)) or not least <= value <= most:
+            raise ValueError(f"scene {what} {value!r}: expected a whole number from {least} to {most}")
 
 
 def scene_rng(scene, stream):

@@ -5,7 +5,6 @@ make_records gives the texts in LLaVA's format, in which data.py reads every dat
 
     python -m toy.scenes --out DIR --split test -n 20 --size 256        # PNGs and scenes.jsonl
 """
-import argparse
 import os
 import re
 from collections import Counter
@@ -13,10 +12,11 @@ from functools import lru_cache
 
 from PIL import Image
 
+from commands.arguments import SEEDS, Parser, whole
 from corpora.prompts import IMAGE_LINE, SHORT_ANSWER
 from files.text import write_json_lines
 from toy.drawing import make_scene
-from toy.layout import CLASSES, SPLITS, URBAN, Key, check_key, choose, make_layout, scene_rng
+from toy.layout import CLASSES, SIZES, SPLITS, URBAN, Key, check_key, choose, make_layout, scene_rng
 
 # One preposition a ground and a feature, not "on" and "near" for all: words that fit every picture are cheap to guess.
 PLACES = {"grass": "amid grass", "farmland": "across farmland", "forest": "inside forest", "sand": "over sand",
@@ -26,7 +26,6 @@ NEAR = {"river": "near river", "lake": "by lake", "road": "beside road", "runway
 AFLOAT = {"river": "on river", "lake": "in lake"}
 VERBS = {"storage tank": "standing", "building": "standing", "plane": "parked", "ship": "sailing", "vehicle": "parked"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-NINTHS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CAPTION_PROMPTS = ("Describe the image in one sentence.", "Write a one-sentence caption.",
                    "What does the image show? Answer in one sentence.", "Caption the image in one sentence.")
 WORDINGS = {                                # {many}: plural of {one}; {noun}: one or many, with its {be}
@@ -81,16 +80,6 @@ def shared_place(items):
     """The fifth that all these objects lie in, or None."""
     places = {place_in_fifths(item) for item in items}
     return places.pop() if len(places) == 1 else None
-
-
-def object_in_words(item):
-    """Color, class and place, as "red ship top left"; near a border between two fifths, the ninth of the picture."""
-    row, column = min(int(item.y * 3), 2), min(int(item.x * 3), 2)
-    return f"{item.color} {item.name} {place_in_fifths(item) or NINTHS[3 * row + column]}"
-
-
-def land_in_words(layout):
-    return f"{layout.cover} with {layout.feature.kind}" if layout.feature else layout.cover
 
 
 def captions(scene):
@@ -190,10 +179,10 @@ def scene_name(scene):
     return f"scene:{scene.split}/{scene.seed}/{scene.index}/{scene.size}"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def open_scene(name):
     """"scene:SPLIT/SEED/INDEX/SIZE" -> the Scene; a ValueError where the name is no such name."""
-    match = re.fullmatch(r"scene:([a-z]+)/(\d+)/(\d+)/(\d+)", name)
+    match = re.fullmatch(r"scene:([a-z]+)/(\d{1,10})/(\d{1,10})/(\d{1,10})", name)
     if not match:
         raise ValueError(f"scene name {name!r}: expected scene:SPLIT/SEED/INDEX/SIZE, as in scene:train/0/12/128")
     return make_scene(match[1], int(match[3]), int(match[2]), int(match[4]))
@@ -255,33 +244,31 @@ def chat_records(key, asked, name, kind, rng):
     return [make_record(key, name, kind, texts, numbers)]
 
 
+def write_scenes(args):
+    if os.path.isfile(args.out):
+        raise ValueError(f"--out {args.out} is a file; expected a directory")
+    os.makedirs(args.out, exist_ok=True)
+    rows = []
+    for i in range(args.start, args.start + args.n):
+        scene = make_scene(args.split, i, args.seed, args.size)
+        picture = f"{scene.split}-{scene.index}.png"
+        Image.fromarray(scene.image).save(os.path.join(args.out, picture))
+        objects = [{"name": o.name, "color": o.color, "box": o.box} for o in scene.objects]
+        rows.append({"name": scene_name(scene), "image": picture, "cover": scene.cover, "feature": scene.feature,
+                     "captions": captions(scene), "questions": questions(scene), "objects": objects})
+    write_json_lines(os.path.join(args.out, "scenes.jsonl"), rows)
+    print(f"{args.n} scenes in {args.out}")
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m toy.scenes", description="Write built-in scenes as files.")
+    parser = Parser(prog="python -m toy.scenes", description="Write built-in scenes as files.")
     parser.add_argument("--out", required=True, help="directory to write into; made if missing")
     parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
-    parser.add_argument("-n", type=int, default=20, help="number of scenes (default 20)")
-    parser.add_argument("--size", type=int, default=256, help="side in pixels, at least 64 (default 256)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--start", type=int, default=0, help="index of the first scene (default 0)")
-    args = parser.parse_args()
-    if args.n < 1:
-        parser.exit(2, f"toy.scenes: -n {args.n}: expected at least 1\n")
-    try:
-        scenes = [make_scene(args.split, args.start + i, args.seed, args.size) for i in range(args.n)]
-        os.makedirs(args.out, exist_ok=True)
-        rows = []
-        for scene in scenes:
-            picture = f"{scene.split}-{scene.index}.png"
-            Image.fromarray(scene.image).save(os.path.join(args.out, picture))
-            objects = [{"name": o.name, "color": o.color, "box": o.box} for o in scene.objects]
-            rows.append({"name": scene_name(scene), "image": picture, "cover": scene.cover, "feature": scene.feature,
-                         "captions": captions(scene), "questions": questions(scene), "objects": objects})
-        write_json_lines(os.path.join(args.out, "scenes.jsonl"), rows)
-    except FileExistsError:
-        parser.exit(2, f"toy.scenes: --out {args.out} is a file; expected a directory\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"toy.scenes: {error}\n")
-    print(f"{args.n} scenes in {args.out}")
+    parser.add_argument("-n", type=whole(1), default=20, help="number of scenes (default 20)")
+    parser.add_argument("--size", type=whole(*SIZES), default=256, help="side in pixels (default 256)")
+    parser.add_argument("--seed", type=whole(0, SEEDS), default=0, help="default 0")
+    parser.add_argument("--start", type=whole(0), default=0, help="index of the first scene (default 0)")
+    parser.run(write_scenes)
 
 
 if __name__ == "__main__":

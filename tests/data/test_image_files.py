@@ -1,16 +1,19 @@
 """
 Proves that images of every kind are read rightly or not at all, that a mistake in one is one clear line, and that they
-are fitted and normalized as the model expects.
+are fitted and normalized as the model expects. A small file that is dear to read is refused before its pixels are.
 
     pytest tests/data/test_image_files.py
 """
+import contextlib
+import os
+import signal
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pictures.image_files import CLIP_MEAN, CLIP_STD, fit_image, load_image, open_image, to_tensor
 
@@ -70,12 +73,13 @@ def tiff(path, bands, bits, colors=1, kind=1, order="<", pixels=None, side=4):
     path.write_bytes(out + bytes(4) + behind + pixels)
 
 
-def png(path, color_type, bits, side=4):
-    """A PNG file by hand: its header and gray or black rows."""
+def png(path, color_type, bits, side=4, height=None):
+    """A PNG file by hand: its header and black rows, none if it is large."""
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
     rows = bytes(side * (1 + side * {0: 1, 2: 3, 4: 2, 6: 4}[color_type] * bits // 8)) if side < 100 else b""
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", side, side, bits, color_type, 0, 0, 0))
+    header = struct.pack(">2I5B", side, height or side, bits, color_type, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                      + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -100,14 +104,22 @@ def test_a_16_bit_png_is_stretched_too(tmp_path):
 
 
 @pytest.mark.parametrize("pixels, dark, bright", [
-    (np.full((4, 4), 7.5), 0, 0), (np.full((4, 4), np.nan), 0, 0), (np.full((4, 4), 1e-45), 0, 0),
+    (np.full((4, 4), 7.5), 0, 0), (np.full((4, 4), 1e-45), 0, 0),
     (np.float32([[np.nan, np.inf], [1, 2]]), 0, 255), (np.float32([[-3e38, 3e38], [0, 0]]), 0, 0),
     (np.pad(np.ones((1, 1)), (0, 99)), 0, 255)])
 def test_stretching_odd_pixels(tmp_path, pixels, dark, bright):
-    """Constant, without a number, beyond float32's range, and almost constant: one pixel differs and must be seen."""
+    """Constant, partly no number, beyond float32's range, and almost constant: one pixel differs and must be seen."""
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "a.tif")
     image = np.asarray(open_image(tmp_path / "a.tif"))
     assert (image.min(), image.max()) == (dark, bright)
+
+
+@pytest.mark.parametrize("value, more", [(np.nan, {}), (np.inf, {}), (-9999, {"tiffinfo": {42113: "-9999"}})])
+def test_a_band_without_data_is_refused(tmp_path, value, more):
+    """It would be a black picture, to be trained on."""
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tif", **more)
+    with pytest.raises(ValueError, match="no pixel has data"):
+        open_image(tmp_path / "a.tif")
 
 
 def test_pixels_without_data_do_not_stretch(tmp_path):
@@ -162,11 +174,104 @@ def test_the_tiff_and_png_writers_above_are_right(tmp_path):
 
 def test_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     png(tmp_path / "a.png", 2, 8, side=20000)
-    with pytest.raises(ValueError, match=r"400000000 pixels\) exceeds limit of 268435456"):
+    with pytest.raises(ValueError, match=r"400000000 pixels\) exceeds limit of 134217728"):
         open_image(tmp_path / "a.png")
     png(tmp_path / "a.png", 2, 8, side=90)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     assert open_image(tmp_path / "a.png").size == (90, 90)                         # up to twice Pillow's number
+
+
+def many_scans(path, scans=400):
+    """A progressive JPEG whose last scan is repeated."""
+    Image.effect_noise((64, 64), 50).save(path, "JPEG", progressive=True)
+    content = path.read_bytes()[:-2]
+    last = content.rindex(b"\xff\xda")
+    path.write_bytes(content + content[last:] * scans + b"\xff\xd9")
+
+
+def large_webp(path):
+    Image.new("RGB", (16, 16)).save(path, "WEBP", lossless=True)
+    content = bytearray(path.read_bytes())
+    content[21:25] = struct.pack("<I", 9999 | 9999 << 14)                          # width and height, less one
+    path.write_bytes(content)
+
+
+def large_jpeg_2000(path, side, **options):
+    """Pillow's file of 64 x 64 pixels, whose header says more."""
+    Image.new("RGB", (64, 64)).save(path, "JPEG2000", no_jp2=True, **options)
+    content = bytearray(path.read_bytes())
+    content[8:16] = content[24:32] = struct.pack(">II", side, side)                # the image, its one tile
+    path.write_bytes(content)
+
+
+def tiled(path, side, tile, offsets):
+    """A gray TIFF whose tiles all lie at the same place."""
+    tags = {256: side, 257: side, 258: 8, 259: 1, 262: 1, 277: 1, 284: 1, 322: tile, 323: tile, 324: 146, 325: 146}
+    parts = [struct.pack("<HHII", tag, 4, offsets if tag > 323 else 1, value) for tag, value in tags.items()]
+    start = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    path.write_bytes(start + b"".join(parts) + bytes(4) + struct.pack("<I", 8) * offsets)
+
+
+DEAR = {
+    "scans": (many_scans, "a JPEG of 4.. scans, expected at most 100"),
+    "many scans of a large one": (lambda p: many_scans(p, 80), "64 x 64 pixels, expected at most"),
+    "deep": (lambda p: png(p, 0, 16, 9000), "9000 x 9000 pixels, expected at most 67,108,864"),
+    "long": (lambda p: png(p, 0, 8, 2 ** 26, 1), "67108864 x 1 pixels, expected .* 65,536 a side"),
+    "longer": (lambda p: png(p, 0, 8, 2 ** 28, 1), "268435456 pixels. exceeds"),
+    "a WEBP": (large_webp, "10000 x 10000 pixels, expected at most 67,108,864"),
+    "JPEG 2000": (lambda p: large_jpeg_2000(p, 5000), "5000 x 5000 pixels, expected at most 16,777,216"),
+    "precincts": (lambda p: large_jpeg_2000(p, 1000, precinct_size=(64, 64), codeblock_size=(16, 16)),
+                  "1000 x 1000 pixels, expected at most 262,144"),
+    "tiles": (lambda p: tiled(p, 1024, 2, 2 ** 18), "262144 tiles of 4 pixels"),
+    "one tile": (lambda p: tiled(p, 16, 2 ** 15, 1), "1 tiles of 1073741824 pixels"),
+}
+
+
+@pytest.mark.parametrize("case", DEAR)
+def test_what_is_dear_to_read_is_refused_before_its_pixels(tmp_path, monkeypatch, case):
+    def load(self):
+        raise AssertionError("pixels are read")
+    make, words = DEAR[case]
+    make(tmp_path / "a.bin")
+    if case == "many scans of a large one":
+        monkeypatch.setattr("pictures.image_files.MAX_PIXELS", 20_000)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ValueError, match=words) as e:
+        open_image(tmp_path / "a.bin")
+    assert str(e.value).isprintable() and (tmp_path / "a.bin").stat().st_size < 3_000_000
+
+
+def test_scans_of_thumbnails_do_not_count(tmp_path):
+    scan = b"\xff\xda\0\x0c\3"
+    exif = Image.Exif().tobytes() + scan * 200
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.jpg", progressive=True, exif=exif)
+    assert (tmp_path / "a.jpg").read_bytes().count(scan) > 200
+    assert open_image(tmp_path / "a.jpg").getpixel((5, 5)) == (254, 0, 0)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    def late(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("what", ["EPS", "pipe", "folder"])
+def test_only_regular_image_files_are_opened(tmp_path, what):
+    """Pillow hands EPS files, which are programs, to Ghostscript; a pipe would be waited for."""
+    if what == "EPS":
+        Image.new("RGB", (6, 5)).save(tmp_path / "a.png", "EPS")
+    else:
+        os.mkfifo(tmp_path / "a.png") if what == "pipe" else (tmp_path / "a.png").mkdir()
+    words = "not an image" if what == "EPS" else "no such file"
+    with within(5), pytest.raises((ValueError, FileNotFoundError), match=words):
+        open_image(tmp_path / "a.png")
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -1,9 +1,11 @@
 """
 Proves that every published form of a mask gives the same pixels, that a mask goes through the image's own geometry, and
-that a wrong mask is one clear line. tests/peers/test_masks_peers.py compares with pycocotools.
+that a wrong mask is one clear line, soon. tests/peers/test_masks_peers.py compares with pycocotools.
 
     pytest tests/data/test_mask_files.py
 """
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,16 @@ def test_a_polygon_partly_outside_is_clipped():
     assert (decode_mask([[1, 2, 90, 2, 90, 4, 1, 4]], (6, 5)) == (np.arange(6) >= 1) * MASK.any(1)[:, None]).all()
 
 
+def test_many_polygons_of_a_large_image_are_soon_filled():
+    """The union is made of run lengths, not of pictures. Two squares, one twice; the rest are dots."""
+    dots = [[x, 1500, x + 1, 1500, x + 1, 1501, x, 1501] for x in range(0, 3000, 2)]
+    began = time.process_time()
+    mask = decode_mask([[5, 5, 9, 5, 9, 9, 5, 9], [7, 7, 12, 7, 12, 12, 7, 12], [5, 5, 9, 5, 9, 9, 5, 9], *dots],
+                       (3000, 2000))
+    assert time.process_time() - began < 5
+    assert mask.sum() == 16 + 25 - 4 + len(dots) and mask[5:9, 5:9].all() and mask[1500, ::2].all()
+
+
 def test_an_object_of_a_scene():
     scene = scenes.make_scene("test", 3, 0, 96)
     last = len(scene.objects) - 1
@@ -59,6 +71,13 @@ BAD = {
     "huge": ([[1e300] * 6], "numbers"),
     "nothing": ({}, "expected a file, polygons"), "number": (7, "expected a file"), "none": (None, "expected a file"),
     "sum": ({"size": [5, 6], "counts": [7, 2]}, r"add up to 9, expected 5 x 6 = 30"),
+    "true for a number": ({"bbox": [True, 1, 3, 2]}, "numbers x, y"),
+    "a line break": ({"bbox": "\n"}, "expected 4 numbers"),
+    "long outline": ([[0, 0, 999_999, 0, 999_999, 999_999, 0, 999_999]] * 20, "longer than 1,048,576 pixels"),
+    "long outline in all": ([[0, 0, 1000, 0, 1000, 1000, 0, 1000]] * 300, "longer than 1,048,576 pixels"),
+    "runs without end": ({"size": [5, 6], "counts": "0" * 2 ** 22}, "add up to 0, expected 5 x 6 = 30"),
+    "no number": ("nan.tif", "from nan"), "some": ("some.tif", "2 values from 0.0 to nan"),
+    "no end": ("inf.tif", "to inf"),
     "negative": ({"size": [5, 6], "counts": [40, -10]}, "add up to"), "size": ({"size": [6], "counts": [1]}, "size"),
     "other size": ({"size": [6, 5], "counts": [7, 2, 21]}, "is 5 x 6 pixels, its image 6 x 5"),
     "not compressed": ({"size": [5, 6], "counts": "\x01!"}, "not COCO's compressed form"),
@@ -78,6 +97,8 @@ def test_a_wrong_mask_is_one_clear_line(tmp_path, case):
     Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6) % 3 + 1).save(tmp_path / "classes.png")
     Image.new("RGB", (6, 5), (255, 0, 0)).save(tmp_path / "colors.png")
     Image.new("L", (6, 5)).save(tmp_path / "black.png")
+    for name, inside, outside in (("nan", np.nan, np.nan), ("some", np.nan, 0), ("inf", np.inf, 0)):
+        Image.fromarray(np.where(MASK, inside, outside).astype(np.float32)).save(tmp_path / f"{name}.tif")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as e:
         decode_mask(value, (6, 5), tmp_path)
     assert "\n" not in str(e.value)

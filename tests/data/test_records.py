@@ -173,6 +173,15 @@ BAD = [
     *[(record("a", "b", image=odd), "expected a path") for odd in (7, [1], "", {}, 0, [[]], False, "a\udfff.png")],
     *[(record("a", "b", image="a.png", masks=odd), "expected a list of masks") for odd in ("m.png", 7, {}, True, "")],
     (record("a", "b", image=["a", "b"], masks=["m.png"]), "expected a list of masks"),
+    (record("a", "b", image="a.png", masks=1.5), "expected a list of masks"),
+    (record("a", "b", image="a.png", masks=["m.png"] * 101), "expected a list of masks, of its one image, 100 at most"),
+    (record("a", "b", image=["a.png"] * 10 ** 5), "a list of paths, 32 at most"),
+    *[(record("a", "b", **{key: "x.png"}), f"unknown key '{key}', near 'image'")
+      for key in ("images", "Image", "img", "imgs", "ixage", "mage", "IMAGE ", "image_path", "image_id")],
+    *[(record("a", "b", image="x.png", **{key: []}), f"unknown key '{key}', near 'masks'")
+      for key in ("mask", "maskss", "asks")],
+    (record("a", "b", image="x.png", mask=[], masks=None), "unknown key 'mask', near 'masks'"),
+    (record("a", "b", reference=["b"]), "near 'references'"), (record("a", "b", Type="x"), "near 'type'"),
     *[({**record("a", "b"), "id": odd}, "expected text or a whole number")
       for odd in ([1], {}, None, True, 0.5, "\ud800")],
     *[(record("a", "b", references=odd), "expected a list of texts") for odd in ("a", [1], {"a": 1}, 7, ["\ud800"])],
@@ -198,7 +207,7 @@ def test_what_a_record_may_also_be(tmp_path):
     path.write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8")
     assert [row["id"] for row in read_records(path)] == [str(10 ** 30), "r"]
     path.write_bytes(path.read_bytes() + b'{"conversations": "\xff"}')
-    with pytest.raises(ValueError, match="line 4: not valid JSON: 'utf-8'"):
+    with pytest.raises(ValueError, match="line 4: not UTF-8 text at byte 19"):
         read_records(path)
 
 
@@ -255,8 +264,9 @@ def test_check_lists_every_problem_in_one_pass(tmp_path):
     assert out.returncode == 1 and lines[-1].endswith("12 records, 10 with a problem") and not out.stderr
     kinds = dict(reversed(line.split(maxsplit=1)) for line in lines[len(reports):-1])
     assert kinds == {"missing file": "2", "image": "3", "slots": "2", "not JSON": "1", "same id": "1", "roles": "1",
-                     "empty answer": "2", "form": "1", "no room": "1", "mask": "1"}
-    good = run("check", write(tmp_path / "g.jsonl", rows[0], rows[7]), "--images", tmp_path, "--workers", 1)
+                     "empty answer": "2", "form": "1", "no room": "1", "mask": "1",
+                     "tolerated: no image, among records with images": "3"}
+    good = run("check", write(tmp_path / "g.jsonl", rows[0]), "--images", tmp_path, "--workers", 1)
     assert good.returncode == 0 and good.stdout.count("\n") == 1
 
 
@@ -270,6 +280,33 @@ def test_what_check_tolerates_is_counted(tmp_path):
     assert out.returncode == 0 and out.stdout.splitlines()[:-1] == [
         "      2  tolerated: a flat list, read as one polygon",
         "      2  tolerated: a polygon partly outside its image, clipped"]
+
+
+def test_unknown_keys_are_said(tmp_path):
+    """A slip is a problem; a key of its own meaning, or beside the one that it is near to, is counted."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    picture = {**record("<image>\na", "b", image="a.png"), "source": "web", "image_id": 7, "task": "vqa"}
+    rows = [picture, {**picture, "id": 2}, {**record("a", "b", images=["a.png"], uid=3), "id": 3}]
+    out = run("check", write(tmp_path / "f.jsonl", *rows), "--images", tmp_path, "--workers", 1)
+    first, *kinds, _ = out.stdout.splitlines()
+    assert out.returncode == 1 and first == "line 3 (3): unknown key 'images', near 'image': rename it or take it out"
+    assert kinds == ["      1  tolerated: no image, among records with images",
+                     "      2  tolerated: unknown key 'image_id'", "      2  tolerated: unknown key 'source'",
+                     "      1  tolerated: unknown key 'uid'", "      1  unknown key"]
+
+
+def test_many_masks_and_images_are_not_opened(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    opened, real = [], records.decode_mask
+    monkeypatch.setattr(records, "decode_mask", lambda *args: opened.append(args) or real(*args))
+    row = record("<image>\n<region1>", "b", image="a.png", masks=[{"bbox": [1, 1, 5, 5]}] * 5000)
+    out = run("check", write(tmp_path / "f.jsonl", row), "--images", tmp_path, "--workers", 1)
+    assert out.returncode == 1 and "100 at most" in out.stdout and len(opened) <= 100
+
+
+def test_a_printed_problem_is_bounded(tmp_path):
+    out = run("check", write(tmp_path / "f.jsonl", record("<image>a", "b", image="x" * 3000)), "--workers", 1)
+    assert max(map(len, out.stdout.splitlines())) <= 600
 
 
 def test_the_command_line_itself(tmp_path):
@@ -314,7 +351,8 @@ def test_check_opens_an_image_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args", [["none.jsonl"], ["f.jsonl", "--tokenizer", "none"], ["f.jsonl", "--workers", "0"],
                                   ["f.jsonl", "--chat", "chatml"], ["empty.jsonl"], ["cut.json"],
-                                  ["f.jsonl", "--what"]])
+                                  ["f.jsonl", "--what"], ["f.jsonl", "-n", "0"], ["f.jsonl", "--max-len", "-1"],
+                                  ["f.jsonl", "--image-size", "5"], ["f.jsonl", "--workers", "-8"]])
 def test_wrong_usage_is_exit_code_2(tmp_path, args):
     """A wrong chat format for the tokenizer, too: the tiny one does not know <|im_start|>."""
     write(tmp_path / "f.jsonl", record("a", "b"))

@@ -232,7 +232,8 @@ def test_names_open_the_scene_they_name():
 
 @pytest.mark.parametrize("name, says", [
     ("scene:val/1/12", "SPLIT/SEED/INDEX/SIZE"), ("scene:val/-1/1/64", "SPLIT/SEED/INDEX/SIZE"),
-    ("scene:dev/0/1/64", "'dev'"), ("scene:val/0/1/63", "size 63")])
+    ("scene:dev/0/1/64", "'dev'"), ("scene:val/0/1/63", "size 63"), ("scene:val/0/1/2049", "size 2049"),
+    (f"scene:val/{'9' * 9999}/1/64", "SPLIT/SEED/INDEX/SIZE"), ("scene:val/0/5000000000/64", "index 5000000000")])
 def test_a_bad_name_is_one_clear_line(name, says):
     with pytest.raises(ValueError, match=says) as error:
         open_scene(name)

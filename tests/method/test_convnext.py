@@ -97,7 +97,7 @@ def test_published_sizes():
             maps = model(torch.empty(1, 3, 1024, 512))
         assert sum(p.numel() for p in model.parameters()) == counts[name]
         assert [tuple(x.shape[1:]) for x in maps] == [(c, 256 >> s, 128 >> s) for s, c in enumerate(config.dims)]
-        assert read_config(name, {key: tuple(p.shape) for key, p in model.state_dict().items()}) == config
+        assert read_config({key: tuple(p.shape) for key, p in model.state_dict().items()}) == config
     assert [CONVNEXTS[name].eps for name in ("tiny", "large", "xxlarge")] == [1e-6, 1e-6, 1e-5]
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pycocotools.mask as coco
 import pytest
 
-from pictures.mask_files import decode_mask, fill_polygon
+from pictures.mask_files import decode_mask, fill_polygons
 
 
 def published(polygons, w, h):
@@ -19,7 +19,7 @@ def test_polygons_fill_the_same_pixels(seed):
         # around the image and beyond it, self-crossing, whole and broken coordinates, tiny ones
         xy = rng.uniform(-0.3, 1.3, (corners, 2)) * (w, h) * (0.1 if trial % 5 == 0 else 1)
         xy = (np.rint(xy) if trial % 3 == 0 else xy).ravel().tolist()
-        assert (fill_polygon(xy, w, h) == published([xy], w, h)).all(), (xy, w, h)
+        assert (fill_polygons([xy], w, h) == published([xy], w, h)).all(), (xy, w, h)
 
 
 def test_several_polygons_are_their_union():

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -153,11 +154,39 @@ def test_all_caption_metrics_are_printed_and_no_cider_of_one(tmp_path):
     ({"prediction": "x", "answer": None}, (), "line 1: answer None: expected a text"),
     ({"prediction": "x", "references": ["a", 3]}, (), "line 1: references"),
     ({"prediction": "x", "answer": "x", "type": 4}, (), "line 1: type 4: expected a text"),
+    ({"prediction": "x", "answer": "x", "type": "accuracy"}, (), "line 1: type 'accuracy' is the name of the sum"),
+    ({"prediction": "x", "answer": "x", "type": "all"}, (), "line 1: type 'all' is the name of the sum"),
+    ({"prediction": "x", "answer": "x" * 4000, "references": 10 ** 4000}, (), "line 1: references '1000"),
     (ROWS[0], ("--benchmark", "rsicd"), "no BLEU-1 to compare"),
 ])
 def test_bad_rows_and_metrics_are_one_line(tmp_path, row, flags, message):
     code, out, err = score_lines(tmp_path, row, flags=flags)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"prediction": "x", "answer": "x", "id": ' + b"[" * 900 + b"]" * 900 + b"}", "nested"),
+    (b'{"prediction": "x", "answer": ' + b"[" * 10 ** 5, "nested"),
+    (b'{"prediction": "x", "answer": ' + b"9" * 10 ** 5 + b"}", "digits"),
+    (b'{"prediction": "\xff", "answer": "x"}', "not UTF-8")])
+def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + line)
+    code, _, err = command("--score", tmp_path / "p.jsonl")
+    assert code == 2 and f"{tmp_path / 'p.jsonl'}, line 3: " in err and message in err and err.count("\n") == 1
+
+
+def test_a_type_is_printed_on_one_line(tmp_path):
+    """Half a character, and a code that clears the screen, on a terminal of ASCII."""
+    rows = [{**ROWS[0], "type": text} for text in ("\udfff", "a\n\x1b[2J", "\u8239")]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", out)
+        patch.setattr("sys.argv", ["evaluate.py", "--score", str(tmp_path / "p.jsonl")])
+        evaluate.main()
+        out.seek(0)
+        printed = out.read()
+    assert r"\udfff " in printed and r"a\n\x1b[2J " in printed and r"\u8239 " in printed and "\x1b" not in printed
 
 
 # ---------------------------------------------------------------------------------------------- benchmarks
@@ -295,6 +324,26 @@ def test_ask_about_a_region_by_its_mask(tmp_path, monkeypatch):
                              "--out", tmp_path / "p.jsonl", "--max-new-tokens", 6)
     assert code == 0 and "semantic IoU" in out, err
     assert json.loads((tmp_path / "p.jsonl").read_text())["prediction"] == said.strip() and seen[1].equal(seen[0])
+
+
+def test_prompt_and_answer_have_room(model, tmp_path):
+    """As many new tokens as the refusal says fit; and it comes before the image is read or memory is taken."""
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_len": 60}))
+    (tmp_path / "model.safetensors").symlink_to(model / "model.safetensors")
+    ask = ("--model", tmp_path, "--image", "scene:test/0/3/64", "--ask", "What is this?", "--max-new-tokens")
+    code, out, err = command(*ask, 10 ** 6)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert "--max-new-tokens 1000000 need more than the 60 places of this model (max_len)" in err
+    fits = int(re.search(r"at most (\d+) new tokens fit", err)[1])
+    assert fits > 9 and command(*ask, fits)[0] == 0
+    code, out, err = command(*ask, fits + 1)
+    assert code == 2 and f"a prompt of {60 - fits} tokens" in err
+    row = {"image": "scene:test/0/3/64", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
+                                                           {"from": "gpt", "value": "x"}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    code, out, err = command("--model", tmp_path, "--data", tmp_path / "d.jsonl", "--max-new-tokens", fits + 1)
+    assert code == 2 and f"at most {fits} new tokens fit" in err and err.count("\n") == 1
 
 
 def test_a_model_without_regions_refuses_a_mask(model, tmp_path):

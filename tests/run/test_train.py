@@ -162,8 +162,9 @@ def test_the_three_stages_of_aquila_plus(data, tmp_path):
     moved = lambda a, b, part: any(not torch.equal(a[k], b[k]) for k in a if k.startswith(part))
     assert moved(one, two, "extractor") and not moved(one, two, "pyramid") and moved(two, three, "pyramid")
     assert any("lora_" in k for k in three) and not any("lora_" in k for k in full) and "llm.embed.weight" in full
-    code, err = command(*small, "--stage", 3, "--init-from", tmp_path / "2", "--data", data, "--out", tmp_path / "x")
-    assert code == 0, err
+    code, out, err = command_line(train.main, *small, "--workers", 0, "--stage", 3, "--init-from", tmp_path / "2",
+                                  "--data", data, "--out", tmp_path / "x")
+    assert code == 0 and "warning: no gradient has reached extractor; do the records have" in out, err    # no masks
 
 
 def test_two_processes_one_without_regions(data, tmp_path):
@@ -245,7 +246,7 @@ def broken(tmp_path):
         "not an image": (data("3.jsonl", line(image="text.png")), "not an image"),
         "JSON cut off": (data("4.jsonl", line(image="whole.png") + line()[:40]), "line 2: not valid JSON"),
         "answer first": (data("5.jsonl", line(conversations=row["conversations"][::-1])), "turns are from"),
-        "unknown preset": (("--preset", "huge"), "unknown preset 'huge'"),
+        "unknown preset": (("--preset", "huge"), "invalid choice: 'huge'"),
         "stage 2 without stage 1": (("--stage", 2, "--init-from", tmp_path / "nothing"), "give another --init-from"),
         "out cannot be written": (("--out", tmp_path / "file/run", "--scenes", 2), "cannot be written"),
         "batch does not divide": (("--batch", 7, "--micro", 2, "--scenes", 2), "not a multiple"),
@@ -273,6 +274,59 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, mistake):
     assert not out.exists() or not any(f.name.startswith(("model", "state")) for f in out.iterdir())
 
 
+def test_torchrun_ends_with_our_line(tmp_path):
+    """Two processes: the first one says it, torchrun's report ends with it, and nothing else of ours is written."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+            "--stage", "1", "--batch", "0", "--out", str(tmp_path / "out")]
+    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    said = [text for text in done.stderr.splitlines() if "train.py: " in text]
+    ours = "train.py: argument --batch: 0: expected a whole number from 1 to 1,000,000"
+    assert done.returncode != 0 and said[0] == ours and said[-1] == f"  traceback : {ours}", done.stderr
+    assert said.count(ours) == 1 and not (tmp_path / "out").exists()
+    assert done.stderr.splitlines()[-2:] == [said[-1], "=" * 60]
+
+
+def write_state(path, state):
+    if isinstance(state, bytes):
+        path.write_bytes(state)
+    elif state == "FIFO":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize("change", [
+    b"", b"PK\x03\x04", "FIFO", "half", {"step": -1}, {"step": 10 ** 9}, {"step": "x"}, {"step": True},
+    {"settings": []}, {"trained": {}}, {"trained": {"x": torch.zeros(2)}}, "infinite",
+    {"optimizer": {"state": {}, "param_groups": []}}],
+                         ids=lambda change: repr(change)[:20])
+def test_a_damaged_state_is_one_line(data, stage1, tmp_path, change):
+    whole = torch.load(stage1 / "state.pt", weights_only=True)
+    if change == "infinite":
+        change = {"trained": {name: p / 0 for name, p in whole["trained"].items()}}
+    half = (stage1 / "state.pt").read_bytes()[:20000]
+    write_state(tmp_path / "state.pt", whole)
+    write_state(tmp_path / "state.pt", half if change == "half" else change if change == "FIFO" or
+                isinstance(change, bytes) else {**whole, **change})
+    code, err = command("--stage", 1, "--data", data, "--out", tmp_path, "--batch", 4, "--micro", 2, "--steps", 2,
+                        "--resume", "auto")
+    assert code == 2 and err.count("\n") == 1 and f"{tmp_path / 'state.pt'} is damaged (" in err, err
+
+
+def test_parts_without_a_gradient_are_said(data, tmp_path):
+    """Text alone trains nothing of what reads the image: said after the first step, and at the end."""
+    text = [line for line in data.read_text().splitlines() if '"image"' not in line]
+    (tmp_path / "text.jsonl").write_text("\n".join(text))
+    small = ("--workers", 0, "--batch", 4, "--micro", 2, "--steps", 1)
+    code, out, err = command_line(train.main, *small, "--stage", 1, "--data", tmp_path / "text.jsonl",
+                                  "--out", tmp_path / "text")
+    assert code == 0 and "4 samples (4 of them without an image)" in out, err
+    assert out.count("warning: no gradient has reached mda, pyramid, tokens; do the records have images") == 2
+    code, out, err = command_line(train.main, *small, "--stage", 1, "--data", data, "--out", tmp_path / "mixed")
+    assert code == 0 and "8 samples (4 of them without an image)" in out and "warning" not in out, err
+
+
 def test_a_mistake_of_the_second_process_is_one_line(tmp_path):
     """Of the two records of a step the longer one goes to the second process; its image is cut off."""
     write_images(tmp_path / "images")
@@ -291,7 +345,7 @@ def test_the_first_process_alone_makes_the_folder(tmp_path, monkeypatch):
     """Two that try whether it can be written would remove each other's trial file."""
     monkeypatch.setattr("sys.argv", ["train.py", "--stage", "1", "--scenes", "2", "--batch", "2", "--micro", "1",
                                      "--workers", "0", "--out", str(tmp_path / "out")])
-    _, args = train.parse_args()
+    args = train.parse_args()
     made = []
     monkeypatch.setattr(train, "make_folder", made.append)
     train.set_up(args, rank=1, world=2, device=torch.device("cpu"))

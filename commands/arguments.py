@@ -1,0 +1,70 @@
+"""
+What all command lines share: numbers with a range, and one line with exit code 2 for every mistake.
+
+    parser = Parser(prog="data.py", description=__doc__)
+    parser.add_argument("--batch", type=whole(1))
+    parser.run(work)                        # work(flags); "data.py: argument --batch: 0: expected a whole number ..."
+"""
+import argparse
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from functools import partial
+
+from files.text import one_line
+
+MOST = 1_000_000                            # of whatever is counted
+SEEDS = 2 ** 32 - 1                         # train.py draws from 2 ** 30 times this, below 2 ** 63
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are given in full, and a mistake in them is a ValueError: it ends a command as every other mistake does."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def run(self, work, argv=None):
+        """work(flags). A package that is not installed is a mistake like any other."""
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")                      # for a terminal that lacks a letter
+        try:
+            work(self.parse_args(argv))
+        except (ValueError, OSError, ModuleNotFoundError) as e:
+            end(self.prog.removeprefix("python -m "), e)
+
+
+def end(command, mistake, rank=0):
+    """
+    End with one line and exit code 2. torchrun, which reports at length that a process failed, reads the line from a
+    file and ends with it. Of its processes only the first prints: most mistakes are the same in all.
+    """
+    line, report = one_line(f"{command}: {mistake}"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        pathlib.Path(report).write_text(json.dumps({"message": message}))
+    if rank == 0 or not report:
+        print(line, file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, words, least, most=MOST):
+    """An argparse type; what lies outside the range, NaN too, is refused."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{one_line(text)[:60]}: expected {words} from {least:,} to {most:,}")
+        return value
+    return parse
+
+
+whole = partial(number, int, "a whole number")
+real = partial(number, float, "a number")
