@@ -23,7 +23,7 @@ from torch import nn
 from convnext import CONVNEXTS, STRIDES, ConvNeXt, ConvNeXtConfig, load_convnext
 from fast_decoding import fastest_step
 from files.checked_json import Fields, make_config
-from files.text import naming, parse_json, read_json, write_json
+from files.text import naming, one_line, parse_json, read_json, write_json
 from files.weights import fill, open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, generate, load_llama
 from lora import LORA_TARGETS, apply_lora
@@ -310,9 +310,11 @@ def config_from_dict(d, where="config"):
 
 def locate_weights(path, what):
     """A path as given, or as it lies beside this file."""
-    if path is None:
-        raise ValueError(f"where is the {what}? give --{'vision FILE' if what == 'vision encoder' else 'llm DIR'}")
-    return path if os.path.exists(path) else pathlib.Path(__file__).parent / path
+    for place in () if path is None else (path, pathlib.Path(__file__).parent / path):
+        if os.path.exists(place):
+            return place
+    flag = "vision FILE" if what == "vision encoder" else "llm DIR"
+    raise ValueError(one_line(f"where is the {what}? It is not at {path}; give --{flag}"))
 
 
 def build(config, dtype=torch.float32, device="cpu"):

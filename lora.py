@@ -46,7 +46,7 @@ def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
         raise ValueError("this model has LoRA already; merge it first")
     for layer in model.layers:
         for block in (layer.attn, layer.mlp):
-            for name in targets:
+            for name in dict.fromkeys(targets):                                    # each once
                 if hasattr(block, name):
                     setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, dropout).train(model.training))
     return model

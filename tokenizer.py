@@ -29,10 +29,10 @@ class SentencePieceTokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             self.adds_space = self.model.encode("a", out_type=str)[0].startswith("\u2581")
+            self.size = self.model.vocab_size()
+            self.special = {self.model.id_to_piece(i): i for i in filter(self.model.is_control, range(self.size))}
         except (RuntimeError, IndexError, UnicodeError):
             raise ValueError(f"{path}: neither a SentencePiece model nor Llama-3's token list") from None
-        self.size = self.model.vocab_size()
-        self.special = {self.model.id_to_piece(i): i for i in filter(self.model.is_control, range(self.size))}
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.stop_ids = {self.model.eos_id()} - {-1}           # -1: it has none
 

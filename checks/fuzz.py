@@ -74,10 +74,11 @@ def names_flag_or_file(case, text, of_command):
     text = text.partition(": ")[2] if of_command else text                         # without the command's name
     if not of_command and case.value is not None:
         return True                         # what is read is no file, or more than one
-    words = [word[:50] for argument in case.value or () for word in re.split("[=,]", argument)][1:]
+    given = [part for argument in (case.value or ())[1:] for part in (argument, *argument.split("="))]
+    words = [word[:50] for part in given for word in (part, *part.split(","))]
     words += [word.encode("ascii", "backslashreplace").decode() for word in words]
     words += [word.strip("-").replace("-", "_") for word in words]                 # max_len for --max-len
-    return bool(re.search(r"\w\.[a-z]|(^|[\s'])\.*/|(^|\s)--?[a-z]|''", text)
+    return bool(re.search(r"\w\.[a-z]|^\w+_\w+ |(^|[\s'])\.*/|(^|\s)--?[a-z]|''", text)
                 or any(text.startswith(f"{word} ") or f"'{word}'" in text for word in words)
                 or any(len(word) > 1 and word in text for word in words))
 
@@ -115,20 +116,28 @@ def run_all(cases, seed, folder, processes):
 
 
 def run_some(pipe, seed, cases, folder):
-    used = re.search(r"VmData:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())
-    resource.setrlimit(resource.RLIMIT_DATA, (int(used[1]) * 1024 + MEMORY,) * 2)
+    # What is asked for counts here, what is used below: Pillow asks to read as much as a damaged PNG says is to come.
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_of("VmData") + 4 * MEMORY,) * 2)
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""             # a GPU takes more memory than that
     sys.stderr = open(os.devnull, "w")      # warnings; what a command writes there is read apart
     for kind, number in cases:
         place = folder / f"{kind}-{number}"
         place.mkdir()
+        pathlib.Path("/proc/self/clear_refs").write_text("5")                      # the peak, VmHWM, counts from here
+        before = memory_of("VmRSS")
         try:
             result = run_case(seed, kind, number, place)
         except Exception as e:
             result = "traceback", f"the case was not made: {type(e).__name__}: {e}"
-        pipe.send(result)
+        peak = memory_of("VmHWM") - before
+        pipe.send(("memory", f"{peak / 2 ** 30:.1f} GiB") if peak > MEMORY else result)
         shutil.rmtree(place)
+
+
+def memory_of(line):
+    """Bytes of this process, by a line of /proc/self/status."""
+    return 1024 * int(re.search(rf"{line}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 
 def fuzz(n, seed=0, only=None):

@@ -158,6 +158,10 @@ def test_what_changes_the_mathematics_is_refused_by_name(tmp_path, option, value
     assert one_line(error)
 
 
+def test_a_layer_named_twice_learns_once():
+    assert len(lora_layers(apply_lora(plain(), targets=("q", "up", "q")))) == 2 * CONFIG.n_layers
+
+
 def test_adapters_that_do_not_fit(tmp_path):
     save_lora(with_lora(), tmp_path)
     torch.manual_seed(0)
