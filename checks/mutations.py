@@ -194,8 +194,9 @@ def damage(rng, path):
         make_odd_file(rng, path)
     elif path.suffix == ".json" and how > 1:
         value = mutate_json(rng, json.loads(content), rng.choice(("id", "content", "Regex", None)))
-        if how > 14 and isinstance(value, dict) and isinstance(value.get("weight_map"), dict):
-            value["weight_map"][min(value["weight_map"])] = rng.choice(OUTSIDE)
+        names = value.get("weight_map") if isinstance(value, dict) else None
+        if how > 14 and isinstance(names, dict) and names:
+            names[min(names)] = rng.choice(OUTSIDE)
         path.write_bytes(to_json(rng, value))
     elif path.suffix == ".safetensors" and how > 10:
         tensors, wrong = mutate_tensors(rng, load_file(path))
