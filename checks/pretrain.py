@@ -2,6 +2,7 @@
 Makes the tiny stand-ins for CLIP and Llama in weights/ from the built-in train scenes. What the papers take from the
 web is imitated in kind: the vision tower learns which short texts belong to which pictures, never an object class as a
 label; the language model reads text alone. The files have the published layouts, so the usual loaders read them.
+What is drawn follows from the seed and the step: a run that was cut off goes on from its last 500 steps.
 
     python -m checks.pretrain vision           # weights/tiny-clip.safetensors: a ConvNeXt and a text tower
     python -m checks.pretrain llm              # weights/tiny-llm/: a Llama and its tokenizer; without a word: both
@@ -23,26 +24,34 @@ from commands.arguments import SEEDS, Parser, whole
 from convnext import CONVNEXTS, ChannelNorm, ConvNeXt
 from corpora.prompts import SHORT_ANSWER
 from data import VICUNA_SYSTEM, collate, encode_record
-from files.text import write_json
+from files.text import write_json, written_whole
 from files.weights import write_tensors
 from llama import LLAMAS, Llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD
 from tokenizer import BYTE_OF, IGNORE, load_tokenizer
 from toy.drawing import make_scene
-from toy.layout import Key, make_layout
-from toy.scenes import (CAPTION_PROMPTS, captions, count_objects, phrase, place_in_fifths, questions, region_questions,
-                        take_turns)
+from toy.layout import Key, choose, make_layout
+from toy.scenes import (CAPTION_PROMPTS, WORDINGS, captions, count_objects, phrase, place_in_fifths, plural, questions,
+                        region_questions, take_turns)
 from train import optimizer_for
 
 NINTHS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 
-def train(model, loss_of_step, steps, decay, name, peak=2e-3):
-    """AdamW on loss_of_step(step); linear warm-up, then cosine to a hundredth of the peak; a line every 50 steps."""
-    optimizer, rise = optimizer_for(list(model.parameters()), decay), 0.05 * steps
+def train(model, loss_of_step, steps, decay, name, state, peak=2e-3):
+    """
+    AdamW on loss_of_step(step); linear warm-up, then cosine to a hundredth of the peak; a line every 50 steps. The file
+    `state` is what a run goes on from; it is removed at the end.
+    """
+    optimizer, rise, first = optimizer_for(list(model.parameters()), decay), 0.05 * steps, 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
     model.train()
     started, losses = time.time(), []
-    for step in range(steps):
+    for step in range(first, steps):
         t = (step - rise) / (steps - rise)
         lr = peak * (step + 1) / rise if t < 0 else peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
         for group in optimizer.param_groups:
@@ -56,7 +65,12 @@ def train(model, loss_of_step, steps, decay, name, peak=2e-3):
         if step % 50 == 0 or step == steps - 1:
             spent = time.time() - started
             print(f"{name} step {step + 1}/{steps} | loss {np.mean(losses[-50:]):.4f} | {spent:.0f} s | "
-                  f"left {spent / (step + 1) * (steps - step - 1):.0f} s", flush=True)
+                  f"left {spent / (step + 1 - first) * (steps - step - 1):.0f} s", flush=True)
+        if (step + 1) % 500 == 0:
+            with written_whole(state) as temporary:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                           temporary)
+    state.unlink(missing_ok=True)
 
 
 class TextTower(nn.Module):
@@ -129,26 +143,44 @@ def balance(trunk, pixels):
             p.div_(out.square().mean().sqrt())
 
 
-def object_in_words(item):
-    """Color, class and place, as "red ship top left"; near a border between two fifths, the ninth of the picture."""
+def place_in_words(item):
+    """As a question about a place is answered; near a border between two fifths, the ninth of the picture."""
     row, column = min(int(item.y * 3), 2), min(int(item.x * 3), 2)
-    return f"{item.color} {item.name} {place_in_fifths(item) or NINTHS[3 * row + column]}"
+    return place_in_fifths(item) or NINTHS[3 * row + column]
+
+
+def object_in_words(item):
+    """Color, class and place, as "red ship top left"."""
+    return f"{item.color} {item.name} {place_in_words(item)}"
 
 
 def land_in_words(layout):
     return f"{layout.cover} with {layout.feature.kind}" if layout.feature else layout.cover
 
 
-def phrases(index):
-    """The short texts that are true of a scene: its land, "four red ships", "red ship top left"."""
+def phrases(index, turn=0):
+    """The short texts that are true of a turned scene: its land, "four red ships", "red ship top left"."""
     layout = make_layout("train", int(index), 0)
     counted = [phrase([group]) for group in count_objects(layout).items()]
-    return {land_in_words(layout), *counted, *map(object_in_words, layout.items)}
+    return {land_in_words(layout), *counted, *(object_in_words(turned(item, turn)) for item in layout.items)}
 
 
-def pairs(indices):
+def turned(item, turn):
+    """The item in a scene that is mirrored (turns 4 to 7), then turned left by 90 degrees, turn % 4 times."""
+    x, y = (1 - item.x if turn >= 4 else item.x), item.y
+    for _ in range(turn % 4):
+        x, y = y, 1 - x
+    return item._replace(x=x, y=y)
+
+
+def turned_image(image, turn):
+    """The same of an image (3, H, W)."""
+    return torch.rot90(image.flip(2) if turn >= 4 else image, turn % 4, (1, 2))
+
+
+def pairs(indices, turns):
     """-> the texts of all these scenes, U different ones, and which are true of which: (B, U) zeros and ones."""
-    told = [phrases(i) for i in indices]
+    told = list(map(phrases, indices, turns))
     texts = sorted(set().union(*told))
     return texts, torch.tensor([[float(text in own) for text in texts] for own in told])
 
@@ -156,7 +188,7 @@ def pairs(indices):
 def pretrain_vision(out, n_scenes, steps, batch, seed):
     """Writes out/tiny-clip.safetensors; out is a path."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
     # (n, H, W, 3) uint8, of 128 pixels, the image side of the tiny presets
     images = torch.from_numpy(np.stack([make_scene("train", i, 0, 128).image for i in range(n_scenes)]))
     print(f"vision: {n_scenes} scenes drawn", flush=True)
@@ -165,20 +197,18 @@ def pretrain_vision(out, n_scenes, steps, batch, seed):
     model = CLIP(CONVNEXTS["tiny"], words)
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     pixels = lambda rows: (images[rows].permute(0, 3, 1, 2).float() / 255 - mean) / std
-    order = []
 
     def loss_of_step(step):
-        while len(order) < batch:
-            order.extend(rng.permutation(n_scenes).tolist())
-        chosen = [order.pop() for _ in range(batch)]
-        texts, true = pairs(chosen)
+        rng = np.random.default_rng([seed, step])
+        chosen, turns = rng.integers(0, n_scenes, batch), rng.integers(0, 8, batch)
+        texts, true = pairs(chosen, turns)
+        turned_pixels = torch.stack(list(map(turned_image, pixels(chosen), turns.tolist())))
         # SigLIP's loss: each of the B x U pairs belongs together or not. A text that is true of another image of the
         # batch, too, is no negative; "three red ships" is one for a picture of four, so that counts must be seen.
-        return F.binary_cross_entropy_with_logits(model(pixels(chosen), texts), true, reduction="sum") / true.sum()
+        return F.binary_cross_entropy_with_logits(model(turned_pixels, texts), true, reduction="sum") / true.sum()
 
-    train(model, loss_of_step, steps, 0.05, "vision")
+    train(model, loss_of_step, steps, 0.05, "vision", out / "vision-state.pt")
     balance(model.trunk, pixels(slice(256)))
-    out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / "tiny-clip.safetensors", model.open_clip_state(), {"words": json.dumps(words)})
     print(f"wrote {out / 'tiny-clip.safetensors'}")
 
@@ -193,13 +223,26 @@ def conversation(index, rng):
         for n, j in enumerate(objects, 1):                                         # a region, too, is told in words
             question = question.replace(f"<region{n}>", facts[j])
         asked.append((question, answer))
-    texts = [text for i in rng.permutation(len(asked))[:8] for text in asked[i]]
+    # Places are the hardest to learn: two words found by two others. They are asked of every group that has one.
+    asked = [asked[i] for i in rng.permutation(len(asked))[:5]] + place_questions(layout, rng)
+    texts = [text for i in rng.permutation(len(asked)) for text in asked[i]]
     texts[0] = f"{texts[0]}\n{SHORT_ANSWER}"
     caption = [str(rng.choice(CAPTION_PROMPTS)), str(rng.choice(captions(key)))]
     texts = caption + texts if rng.random() < 0.5 else texts + caption
     rng.shuffle(facts)
     texts[0] = "; ".join([land_in_words(layout), *facts]) + f"\n{texts[0]}"
     return {"id": str(index), "conversations": take_turns(texts)}
+
+
+def place_questions(layout, rng):
+    """(question, answer) for each group of objects, of one class and color, that stand in one place."""
+    asked = []
+    for (name, color), n in count_objects(layout).items():
+        places = {place_in_words(item) for item in layout.items if (item.name, item.color) == (name, color)}
+        if len(places) == 1:
+            noun, be = f"{color} {plural(name, n)}", "is" if n == 1 else "are"
+            asked.append((choose(rng, WORDINGS["position"]).format(noun=noun, be=be), places.pop()))
+    return asked
 
 
 def byte_pairs(words, size):
@@ -261,6 +304,7 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
     model, tokenizer = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size)), load_tokenizer(folder)
 
     def loss_of_step(step):
+        rng = np.random.default_rng([seed, step])
         batched = collate([encode_record(conversation(int(i), rng), tokenizer, ("llama-3", "vicuna")[k % 2])
                            for k, i in enumerate(rng.integers(0, n_scenes, batch))])
         ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
@@ -269,7 +313,7 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
         # All text is learned, and the answers, few tokens among many, once more.
         return sum(F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE) for target in (text, answers))
 
-    train(model, loss_of_step, steps, 0.1, "llm")
+    train(model, loss_of_step, steps, 0.1, "llm", out / "llm-state.pt")
     save_llama(model.to(torch.bfloat16), folder)
     print(f"wrote {folder}")
 
@@ -286,9 +330,9 @@ def main():
     parser.add_argument("part", nargs="?", choices=("vision", "llm", "both"), default="both", help="default: both")
     parser.add_argument("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
     parser.add_argument("--vision-scenes", type=whole(1), default=30000, help="train scenes drawn (default 30000)")
-    parser.add_argument("--vision-steps", type=whole(1), default=4500, help="steps of 64 images (default 4500)")
+    parser.add_argument("--vision-steps", type=whole(1), default=6000, help="steps of 64 images (default 6000)")
     parser.add_argument("--llm-scenes", type=whole(1), default=20000, help="train scenes told in words (default 20000)")
-    parser.add_argument("--llm-steps", type=whole(1), default=4000, help="steps of 16 conversations (default 4000)")
+    parser.add_argument("--llm-steps", type=whole(1), default=8000, help="steps of 16 conversations (default 8000)")
     parser.add_argument("--seed", type=whole(0, SEEDS), default=0, help="default 0")
     parser.run(pretrain)
 

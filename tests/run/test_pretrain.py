@@ -14,7 +14,7 @@ from toy.scenes import NUMBERS, make_scene, plural
 
 
 def test_a_text_is_true_of_every_image_it_fits():
-    texts, true = pretrain.pairs(range(40))
+    texts, true = pretrain.pairs(range(40), [0] * 40)
     assert true.shape == (40, len(texts)) and len(set(texts)) == len(texts)
     for index, row in enumerate(true):
         objects = make_layout("train", index, 0).items
@@ -25,6 +25,20 @@ def test_a_text_is_true_of_every_image_it_fits():
                 assert fits == (told == sum(o.color == color and plural(o.name, told) == name for o in objects))
     shared = (true.sum(0) > 1).float().mean()
     assert 0.1 < shared < 0.9               # else either no text is shared, or none tells images apart
+
+
+def test_a_turned_image_and_its_objects_turn_alike():
+    item = make_layout("train", 0, 0).items[0]._replace(x=0.8, y=0.3)
+    image = torch.zeros(3, 10, 10)
+    image[:, 3, 8] = 1
+    places = set()
+    for turn in range(8):
+        row, column = pretrain.turned_image(image, turn)[0].nonzero()[0].tolist()
+        there = pretrain.turned(item, turn)
+        # The cell 8 of 10 from 0.8 on ends at 0.9; mirrored it is cell 1, which 0.2 ends.
+        assert abs(10 * there.x - column - 0.5) < 0.51 and abs(10 * there.y - row - 0.5) < 0.51
+        places.add((row, column))
+    assert len(places) == 8
 
 
 def test_balanced_maps_have_rms_one_and_the_logits_stay():
