@@ -25,8 +25,8 @@ from fast_decoding import fastest_step
 from files.checked_json import Fields, make_config
 from files.text import naming, one_line, parse_json, read_json, write_json
 from files.weights import fill, open_safetensors, open_tensors, write_tensors
-from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, generate, load_llama
-from lora import LORA_TARGETS, apply_lora
+from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, at_least_float32, generate, load_llama
+from lora import LORA_TARGETS, apply_lora, merge_lora, seed_dropout
 from mask_extractor import MaskExtractor
 from sfi import SFI, ConcatMap, ConcatTokens, ImageTokens, Pyramid
 from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
@@ -187,6 +187,8 @@ class Aquila(nn.Module):
             return x, None
         maps = self.encode_images(images)
         pyramid, image_tokens = self.image_tokens(maps)
+        if batch.get("image_of") is not None:                                      # some are used several times
+            pyramid, image_tokens = [x[batch["image_of"]] for x in pyramid], image_tokens[batch["image_of"]]
         n, N, D = image_tokens.shape
         if slots.sum() != n * N:
             raise ValueError(f"{int(slots.sum())} image slots in the prompts, {n} images of {N} tokens: cut prompt?")
@@ -208,9 +210,14 @@ class Aquila(nn.Module):
 
     def forward(self, batch):
         """
-        in:  batch of data.collate: ids (B, T), images (n, 3, H, W) or None, labels (B, T) or none.
+        in:  batch of data.collate: ids (B, T), images (n, 3, H, W) or None, labels (B, T) or none; draw, a whole number
+             that decides LoRA's dropout together with each row's number in the data set.
         out: (loss summed over the learned tokens, their logits (n, vocab), n); without labels (None, (B, T, vocab), 0).
         """
+        if self.training and self.config.lora:
+            rows = zip(batch["numbers"].tolist(), batch["lengths"].tolist())
+            drawn = [(f"{batch['draw']} {number}", length) for number, length in rows] if "draw" in batch else None
+            seed_dropout(self.llm, drawn)
         x, mda = self.embed_batch(batch)
         if batch.get("labels") is None:
             return None, self.llm(x, before_layer=mda), 0
@@ -218,7 +225,7 @@ class Aquila(nn.Module):
         learned = target != IGNORE
         at = F.pad(learned, (0, 1))                                                # the last position predicts nothing
         logits = self.llm(x, before_layer=mda, at=at)
-        loss = F.cross_entropy(logits.float(), target[learned], reduction="sum")
+        loss = F.cross_entropy(at_least_float32(logits), target[learned], reduction="sum")
         if self.training:
             # DDP waits for a gradient of every trainable parameter; a batch without image or region gives some none.
             loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
@@ -365,12 +372,17 @@ def load_config(folder):
     return config
 
 
-def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu"):
-    """The model that save_model wrote, in dtype; vision (file) and llm (folder) override where the frozen parts lie."""
+def load_model(folder, vision=None, llm=None, dtype=torch.float32, device="cpu", merge=False):
+    """
+    The model that save_model wrote, in dtype; vision (file) and llm (folder) override where the frozen parts lie.
+    merge: without LoRA layers, their change added to the LM's weights.
+    """
     config = load_config(folder)
     config = dataclasses.replace(config, vision_file=vision or config.vision_file, llm_dir=llm or config.llm_dir)
     model = build(config, dtype, device)
     load_checkpoint(model, folder)
+    if merge:
+        merge_lora(model.llm)
     return model.to(dtype).eval()
 
 

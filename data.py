@@ -18,12 +18,18 @@ the second, as often as it is named. For scoring a record may have `references` 
     python data.py check FILE --images DIR      # every problem of every record; --fix OUT writes those without one
     python data.py show FILE --images DIR       # what a model reads, the learned tokens marked
 """
+import copy
 import difflib
+import io
+import json
 import re
+from array import array
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from hashlib import sha256
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -40,30 +46,59 @@ near_keys = lru_cache(difflib.get_close_matches)                                
 
 # ---------------------------------------------------------------------------------------------- records
 
-def parse_records(path):
-    """Yield (line number, record or ValueError) of a .jsonl file, or (position, record) of a .json list."""
-    data = regular_file(path).read_bytes()
-    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from enumerate(parse_json(data, path), 1)
-        return
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
+class RecordFile(Sequence):
+    """
+    The records of a .jsonl file or a .json list, each parsed when it is asked for. What is kept is where they lie, 24
+    bytes a record that forked workers share; as Python objects a million records would be 3 GB in every process.
+    """
+
+    def __init__(self, path):
+        self.path, self.packed = regular_file(path), None
+        with open(path, "rb") as lines:
+            if lines.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                lines = [json.dumps(record).encode() for record in parse_json(self.path.read_bytes(), path)]
+                self.packed = b"".join(lines)
+            else:
+                lines.seek(0)
+            places, end = array("q"), 0
+            for number, line in enumerate(lines, 1):
+                begin, end = end, end + len(line)
+                if line.strip():
+                    places.extend((number, begin, end))
+        if not places:
+            raise ValueError(f"{path} holds no records")
+        self.places = np.frombuffer(places, np.int64).reshape(-1, 3)               # number of the line, begin, end
+
+    def __len__(self):
+        return len(self.places)
+
+    def raw(self, i):
+        """-> the number of a record's line, and the record as it stands there, or the ValueError in its place."""
+        number, begin, end = self.places[i].tolist()
+        with io.BytesIO(self.packed) if self.packed else open(self.path, "rb") as file:
+            file.seek(begin)
             try:
-                record = parse_json(line)
-            except ValueError as e:         # the records after it are still looked at
-                record = e
-            yield number, record
+                return number, parse_json(file.read(end - begin))
+            except ValueError as e:
+                return number, e
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            part = copy.copy(self)
+            part.places = self.places[i]
+            return part
+        number, record = self.raw(i)
+        with naming(f"{self.path}, line {number}"):
+            check_form(record)
+        return {**record, "id": str(record.get("id", number))}
 
 
 def read_records(path):
-    """All records of a file as a list, checked for their form; ValueError with the line of the first bad one."""
-    records = []
-    for number, record in parse_records(path):
-        with naming(f"{path}, line {number}"):
-            check_form(record)
-        records.append({**record, "id": str(record.get("id", number))})
-    if not records:
-        raise ValueError(f"{path} holds no records")
+    """The records of a file and a digest of them; ValueError with the line of the first one whose form is wrong."""
+    records, digest = RecordFile(path), sha256()
+    for i, record in enumerate(records):
+        digest.update(b"\n" * (i > 0) + json.dumps(record, sort_keys=True).encode())
+    records.digest = digest.hexdigest()[:16]
     return records
 
 
@@ -263,6 +298,13 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
 
 # ---------------------------------------------------------------------------------------------- batches
 
+@lru_cache(maxsize=16)                      # many records in a row may be of one image
+def fitted_image(name, root, size, fit):
+    """-> an image at the model's size, and the (width, height) that its file has."""
+    image = load_image(name, root)
+    return fit_image(image, size, fit), image.size
+
+
 def load_pixels(record, root, config, blind=False):
     """
     A record's images (n, 3, size, size) and masks (R, size, size), float32; blind: gray images, the masks as they are.
@@ -270,10 +312,10 @@ def load_pixels(record, root, config, blind=False):
     size, fit, images, masks = config.image_size, config.fit, [], []
     gray = Image.new("RGB", (size, size), GRAY)
     for name in image_names(record):
-        image = gray if blind and not record.get("masks") else load_image(name, root)
-        images.append(to_tensor(fit_image(gray if blind else image, size, fit)))
-        image_size = image.size
-        del image                           # it may be huge, and so may each of the masks
+        image, image_size = gray, None
+        if record.get("masks") or not blind:
+            image, image_size = fitted_image(name, root, size, fit)
+        images.append(to_tensor(gray if blind else image))
         masks = [fit_mask(decode_mask(value, image_size, root), size, fit) for value in record.get("masks") or ()]
     return (torch.stack(images) if images else torch.zeros(0, 3, size, size),
             torch.stack(masks) if masks else torch.zeros(0, size, size))
@@ -293,52 +335,69 @@ class Records(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        record, c = self.records[i], self.config
+        record, c = {"id": f"number {i}"}, self.config
         try:
+            record = self.records[i]
             if record.get("masks") and not c.region_dim:
                 raise ValueError("the record has masks; this model reads whole images only, an aquila-plus one regions")
             row = encode_record(record, self.tokenizer, c.chat, c.tokens_per_image, c.max_len, self.answer)
-            row["images"], row["masks"] = load_pixels(record, self.root, c, self.blind)
-            return row
+            return {**row, "number": i, "files": image_names(record), **self.read_files(record)}
         except (ValueError, FileNotFoundError) as e:
             text = one_line(e)
             return ValueError(text if text.startswith("record ") else f"record {record['id']}: {text}")
 
+    def read_files(self, record):
+        images, masks = load_pixels(record, self.root, self.config, self.blind)
+        return {"images": images, "masks": masks}
 
-def collate(rows):
+
+def collate(rows, skip_bad=False):
     """
-    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, and of all rows
-    in the order of their slots: images (n, 3, H, W); masks (n, R, H, W), padded with empty ones; regions (m, 2) long,
-    the image and the mask that each region slot means. What no row has is None. If a row is an error, the error.
+    Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, numbers (B,) in
+    the data set, and what collate_images makes. If a row is an error, the error; with skip_bad it becomes a row with
+    nothing to learn, and its text goes to bad.
     """
-    for row in rows:
-        if isinstance(row, ValueError):
-            return row
+    bad = [row for row in rows if isinstance(row, ValueError)]
+    if bad and not skip_bad:
+        return bad[0]
+    nothing = {"id": "(left out)", "ids": [0], "labels": [IGNORE]}
+    rows = [nothing if isinstance(row, ValueError) else row for row in rows]
     lengths = torch.tensor([len(row["ids"]) for row in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)
     for i, row in enumerate(rows):
         ids[i, :lengths[i]] = torch.tensor(row["ids"])
         labels[i, :lengths[i]] = torch.tensor(row["labels"])
-    images = [row["images"] for row in rows if len(row.get("images", ()))]
-    masks, regions = collate_masks(rows)
     return {"ids": ids, "labels": labels, "lengths": lengths, "names": [row["id"] for row in rows],
-            "images": torch.cat(images) if images else None, "masks": masks, "regions": regions}
+            "numbers": torch.tensor([row.get("number", i) for i, row in enumerate(rows)]),
+            "bad": [str(row) for row in bad], **collate_images(rows)}
 
 
-def collate_masks(rows):
-    """-> masks and regions of a batch."""
-    most = max(len(row.get("masks", ())) for row in rows)
-    if not most:
-        return None, None
-    masks, regions = [], []
-    for row in rows:
-        if len(row["masks"]):               # all of the row's one image
-            regions += [(len(masks), mask) for mask in row["mentions"]]
-        for i in range(len(row["images"])):
-            own = row["masks"] if i == 0 else row["masks"][:0]
-            masks.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))
-    return torch.stack(masks), torch.tensor(regions)
+def collate_images(rows):
+    """
+    images (n, 3, H, W), each once, in the order of their slots; image_of (m,) long, the one that each use of an image
+    is, or None when none is used twice; masks (n, R, H, W), of all rows with that image, padded with empty ones;
+    regions (k, 2) long, the image and the mask that each region slot means. What no row has is None.
+    """
+    images, image_of, masks, regions, place = [], [], [], [], {}                   # place: of a file among images
+    for b, row in enumerate(rows):
+        for i, image in enumerate(row.get("images", ())):
+            at = place.setdefault(row["files"][i] if "files" in row else (b, i), len(images))
+            if at == len(images):
+                images.append(image)
+                masks.append([])
+            image_of.append(at)
+        if len(row.get("masks", ())):       # all of the row's one image
+            regions += [(at, len(masks[at]) + mask) for mask in row["mentions"]]
+            masks[at] += row["masks"]
+    most = max(map(len, masks), default=0)
+    padded = torch.zeros(len(images), most, *images[0].shape[1:]) if most else None
+    for i in range(len(images)):
+        for k, mask in enumerate(masks[i]):
+            padded[i, k] = mask
+    return {"images": torch.stack(images) if images else None,
+            "image_of": torch.tensor(image_of) if len(images) < len(image_of) else None,
+            "masks": padded, "regions": torch.tensor(regions) if most else None}
 
 
 def to_device(batch, device):

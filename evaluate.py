@@ -4,7 +4,7 @@ Asks a trained model: a benchmark or a file of records (predict, then score), or
     python evaluate.py --model runs/tiny/stage2 --scenes 200 --compare            # built-in scenes nobody trained on
     python evaluate.py --model runs/tiny/stage2 --benchmark rsicd --root DIR --out pred.jsonl
     python evaluate.py --benchmark rsicd --root DIR --split val --sanity          # what no model need be asked for
-    python evaluate.py --model runs/tiny/stage2 --data val.jsonl --images DIR --out pred.jsonl
+    torchrun --nproc-per-node 2 evaluate.py --model runs/tiny/stage2 --data val.jsonl --images DIR --out pred.jsonl
     python evaluate.py --score pred.jsonl                                         # no model: anybody's predictions
     python evaluate.py --model runs/tiny/stage2 --image scene.png --ask "How many ships are there?"
     python evaluate.py --model DIR --image scene.png --mask ship.png --ask "What is <region>?"
@@ -13,23 +13,30 @@ Predictions are one JSON object a line: `prediction`, and `answer` (for a questi
 list, for a caption); id, image, question, type, sampling and masks if known. --score also reads FIT-RSFG's rows of
 question_id, ground_truth and answer. scoring/scores.py says which rows get which metric.
 """
+import json
 import os
 import pathlib
 import shutil
 import sys
 import time
+import zlib
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
 from aquila import load_model, locate_weights
 from commands.arguments import SEEDS, Parser, real, whole
+from commands.processes import (StopSignal, ending, from_first, gather, ignore_signals, rank_and_world,
+                                start_processes, together)
+from commands.progress import Progress
 from data import Records, check_form, collate, read_records, to_device
 from fast_decoding import compile_decoding
-from files.text import regular_file, write_json_lines
+from files.text import check_target, file_digest, regular_file, write_json_lines
 from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity,
                                 sanity_rows)
 from scoring.metrics import check_metrics
+from scoring.partial_file import PartialFile
 from scoring.scores import print_table, read_predictions, references_of, score
 from tokenizer import load_tokenizer
 from toy.scenes import make_records
@@ -46,18 +53,44 @@ def row_of(record, prediction):
             **{key: record[key] for key in ("sampling", "masks") if key in record}}
 
 
-def predict(model, tokenizer, records, root, args, blind=False, label="model"):
-    """The model's answer to the last turn of every record, as prediction rows. Batches go by, a progress line each."""
+def predict(model, tokenizer, records, root, args, file=None, blind=False, label="model"):
+    """
+    The model's answer to the last turn of every record, as prediction rows. The records are cut into slices of --batch,
+    the same in however many processes, and asked in turns: in a turn each process takes a slice.
+    file: the PartialFile that rows go to as they come, in the first process; what stands there is not asked again.
+    """
+    rank, world = rank_and_world()
+    said = from_first(lambda: file.begin(settings_of(model, records, root, args, blind)) if file else [])
+    rows, known = [row_of(record, answer) for record, answer in zip(records, said)], len(said) % args.batch
+    slices = [range(i, min(i + args.batch, len(records))) for i in range(len(said) - known, len(records), args.batch)]
     data = Records(records, root, tokenizer, model.config, answer=False, blind=blind)
-    loader = DataLoader(data, batch_size=args.batch, collate_fn=collate, num_workers=args.workers)
-    rows, began, device = [], time.time(), next(model.parameters()).device
-    for batch in loader:
-        answers = model.answer(to_device(batch, device), tokenizer, max_new_tokens=args.max_new_tokens)
-        rows += [row_of(records[len(rows) + i], answer) for i, answer in enumerate(answers)]
-        if sys.stderr.isatty():
-            end = "\n" if len(rows) == len(records) else ""
-            print(f"\r{label}: {len(rows)}/{len(records)}, {time.time() - began:.0f} s", end=end, file=sys.stderr)
+    loader = iter(DataLoader(data, batch_sampler=slices[rank::world], collate_fn=collate, num_workers=args.workers,
+                             worker_init_fn=ignore_signals))
+    progress, device = Progress(label, len(records), len(rows)), next(model.parameters()).device
+
+    def ask_slice():
+        batch = next(loader, None)
+        if batch is None:                   # in the last turn some processes have none
+            return []
+        return model.answer(to_device(batch, device), tokenizer, max_new_tokens=args.max_new_tokens)
+
+    for _ in range(0, len(slices), world):
+        answers = [answer for part in gather(together(ask_slice)) for answer in part][known:]
+        new, known = [row_of(records[len(rows) + i], answer) for i, answer in enumerate(answers)], 0
+        from_first(lambda new=new: file and file.append(new))
+        rows += new
+        if rank == 0:
+            progress.show(len(rows))
     return rows
+
+
+def settings_of(model, records, root, args, blind):
+    """What the answers depend on."""
+    weights, asked = file_digest(pathlib.Path(args.model, "model.safetensors"))[:16], 0
+    for record in records:
+        asked = zlib.crc32(json.dumps(record).encode(), asked)
+    return {"model": weights, "records": asked, "images": os.path.abspath(root), "blind": blind, "dtype": args.dtype,
+            "MDA layers": len(model.mda), "max-new-tokens": args.max_new_tokens, "batch": args.batch}
 
 
 # ---------------------------------------------------------------------------------------------- ask
@@ -103,7 +136,9 @@ def build_parser():
     add("--model", help="folder that train.py wrote")
     add("--vision", help="the frozen ConvNeXt's file, if it is no longer where it was in training")
     add("--llm", help="the frozen Llama's folder, if it is no longer where it was in training")
-    add("--out", help="write the predictions to this .jsonl file; with all, the benchmark's name is added")
+    add("--out", help="write the predictions to this .jsonl file; with all, the benchmark's name is added. They come "
+        "to OUT.partial first; after a break the same command goes on where that ends")
+    add("--overwrite", action="store_true", help="ask all anew, although there is an OUT.partial")
     add("--limit", type=whole(1), help="at most this many records, of each benchmark")
     add("--images", default=".", help="folder that the image paths of --data start from (default: here)")
     add("--tasks", help="--scenes: what is asked (default caption,vqa, and region if the model reads masks)")
@@ -117,7 +152,7 @@ def build_parser():
     add("--batch", type=whole(1), default=32, help="prompts at once (default 32)")
     add("--workers", type=whole(0, 1000), default=0, help="data processes (default 0)")
     add("--max-new-tokens", type=whole(1), default=256, help="length of an answer at most (default 256)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all weights (default float32)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of all weights (default: bfloat16 on a GPU, else float32)")
     add("--compile", action="store_true", help="compile the decoding of the answer: some 10 s once, then more tokens a "
         "second; needs a C++ compiler on a CPU")
     add = p.add_argument_group("what to ask (one of these)").add_argument
@@ -132,7 +167,8 @@ def build_parser():
 
 
 def add_benchmark_flags(add):
-    add("--root", help="folder of the benchmark, as published; of all: holds a folder for each by its name")
+    add("--root", help="folder of the benchmark, as published; of all: holds the folders that a mix of python -m "
+        "corpora is made from (see its --help)")
     add("--split", help="of the benchmark (default: the paper's Table 1) or of the scenes (default test). RSVQA-HR: "
         "test_phili is its second test set, a city unseen in training, on which GeoChat and others report")
     add("--sanity", action="store_true",
@@ -153,6 +189,9 @@ def add_ask_flags(add):
 
 
 def check_args(args):
+    empty = [name for name, value in vars(args).items() if value == "" or isinstance(value, list) and "" in value]
+    if empty and empty != ["leave_out"]:
+        raise ValueError(f"--{empty[0].replace('_', '-')}: the value is empty")
     chosen = [name for name in ("scenes", "benchmark", "data", "score", "image") if getattr(args, name) is not None]
     if len(chosen) != 1 and chosen != ["benchmark", "score"]:
         raise ValueError(f"give one of --scenes, --benchmark, --data, --score or --image with --ask; "
@@ -163,6 +202,8 @@ def check_args(args):
         raise ValueError("--image and --ask go together, and --mask only with them")
     if args.out and not pathlib.Path(args.out).parent.is_dir():
         raise ValueError(f"--out {args.out}: no such folder")
+    if args.out:
+        check_target(args.out)
     if args.sanity and (args.model or chosen != ["benchmark"]):
         raise ValueError("--sanity goes with --benchmark and without --model, where it is printed anyway")
     if not (args.model or args.score or args.sanity):
@@ -193,16 +234,16 @@ def score_file(args):
         print_published({args.benchmark: (args.split or "as given", {pathlib.Path(args.score).name: scores})})
 
 
-def answer_columns(model, tokenizer, records, root, args, out):
+def answer_columns(model, tokenizer, records, root, args, file, out):
     """{heading: scores} of the model, whose answers go to out if given; --compare adds a gray image and no MDA."""
-    rows = predict(model, tokenizer, records, root, args, args.blind)
-    if out:
-        write_json_lines(out, rows, ensure_ascii=False)
+    ask_all = partial(predict, model, tokenizer, records, root, args, file)
+    rows = ask_all(args.blind)
+    from_first(lambda: out and write_json_lines(out, rows, ensure_ascii=False))
     columns = {"gray image" if args.blind else "model": score(rows, args.metrics)}
     if args.compare:
-        blind = predict(model, tokenizer, records, root, args, True, "gray image")
+        blind = ask_all(True, "gray image")
         mda, model.mda = model.mda, torch.nn.ModuleDict()
-        without = predict(model, tokenizer, records, root, args, args.blind, "MDA off")
+        without = ask_all(args.blind, "MDA off")
         model.mda = mda
         columns |= {"gray image": score(blind, args.metrics), "MDA off": score(without, args.metrics),
                     "best constant": score(constant_rows(rows), args.metrics)}
@@ -211,13 +252,13 @@ def answer_columns(model, tokenizer, records, root, args, out):
     return columns
 
 
-def run_benchmarks(model, tokenizer, jobs, args):
+def run_benchmarks(model, tokenizer, jobs, args, file=None):
     results = {}
     for name, (split, records, root) in jobs.items():
         out = pathlib.Path(args.out) if args.out else None
         if out and args.benchmark == "all":
             out = out.with_stem(f"{out.stem}-{name}")
-        columns = answer_columns(model, tokenizer, records, root, args, out) if model else {}
+        columns = answer_columns(model, tokenizer, records, root, args, file, out) if model else {}
         unasked = sanity_rows([row_of(record, "") for record in records], name, root)
         columns |= {heading: score(rows, args.metrics) for heading, rows in unasked.items()}
         print(f"\n{BENCHMARKS[name].title}, {split} split, {len(records):,} records, {args.model or 'no model'}")
@@ -227,7 +268,7 @@ def run_benchmarks(model, tokenizer, jobs, args):
     print_published(results, args.benchmark == "all")
 
 
-def run(args):
+def run(args, device):
     check_args(args)
     if args.score:
         return score_file(args)
@@ -237,9 +278,9 @@ def run(args):
             check_form(record)
     if args.sanity:
         return run_benchmarks(None, None, jobs, args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     began = time.perf_counter()
-    model = load_model(args.model, args.vision, args.llm, getattr(torch, args.dtype), device)
+    model = load_model(args.model, args.vision, args.llm, getattr(torch, args.dtype), device, True)
     if args.timings:
         print(f"loading {time.perf_counter() - began:.1f} s", file=sys.stderr)
     tokenizer = load_tokenizer(locate_weights(model.config.llm_dir, "language model"))
@@ -248,16 +289,25 @@ def run(args):
     if args.compile:
         compile_decoding(model.llm)
     if args.image:
-        ask(model, tokenizer, args)
-    elif jobs:
-        run_benchmarks(model, tokenizer, jobs, args)
+        return ask(model, tokenizer, args)
+    file = together(lambda: PartialFile(f"{args.out}.partial", args.overwrite)
+                    if args.out and rank_and_world()[0] == 0 else None)
+    if jobs:
+        run_benchmarks(model, tokenizer, jobs, args, file)
     else:
         records = read_records(args.data) if args.data else scene_records(args, model.config)
-        print_table(answer_columns(model, tokenizer, records[:args.limit], args.images, args, args.out))
+        print_table(answer_columns(model, tokenizer, records[:args.limit], args.images, args, file, args.out))
+    if file:
+        os.remove(file.path)
 
 
 def main():
-    build_parser().run(run)
+    rank, _, device = start_processes()
+    if rank:                                # every process has all answers; the first one says what comes of them
+        sys.stdout = open(os.devnull, "w")
+    with ending("evaluate.py"):
+        StopSignal()
+        run(together(build_parser().parse_args), device)
 
 
 if __name__ == "__main__":

@@ -25,32 +25,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")                      # for a terminal that lacks a letter
 
     def error(self, message):
         raise ValueError(message)
 
     def run(self, work, argv=None):
         """work(flags). A package that is not installed is a mistake like any other."""
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")                      # for a terminal that lacks a letter
         try:
             work(self.parse_args(argv))
         except (ValueError, OSError, ModuleNotFoundError) as e:
             end(self.prog.removeprefix("python -m "), e)
 
 
-def end(command, mistake, rank=0):
+def end(command, mistake, code=2, silent=False):
     """
-    End with one line and exit code 2. torchrun, which reports at length that a process failed, reads the line from a
-    file and ends with it. Of its processes only the first prints: most mistakes are the same in all.
+    End with one line and this exit code. torchrun, which reports at length that a process failed, reads the line from
+    a file and ends with it. silent: another process of the command prints it.
     """
     line, report = one_line(f"{command}: {mistake}"), os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
         pathlib.Path(report).write_text(json.dumps({"message": message}))
-    if rank == 0 or not report:
+    if not (silent and report):
         print(line, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, words, least, most=MOST):

@@ -3,6 +3,9 @@ A file of records, looked at before training on it.
 
     python data.py check FILE --images DIR [--fix OUT]    # decodes images and masks, counts tokens, lists every problem
     python data.py show FILE --images DIR                 # prints what a model reads, the learned tokens marked
+
+With --preset P or --model DIR as that run reads them: its sizes, chat format and tokenizer. `survey` is the shorter
+look of train.py before its first step: it reads no pixels.
 """
 import collections
 import itertools
@@ -10,18 +13,23 @@ import pathlib
 import sys
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from functools import lru_cache, partial
+from hashlib import sha256
 from types import SimpleNamespace
 
+import numpy as np
+from torch.utils.data import DataLoader
+
+from aquila import PRESETS, load_config, locate_weights
 from commands.arguments import Parser, whole
+from commands.progress import Progress
 from convnext import STRIDES
-from data import (CHATS, KNOWN, check_images, encode_record, encode_turns, form_problems, image_names, is_text,
-                  load_pixels, meant, mentions, parse_records, read_records, turns_of)
-from files.text import one_line, write_json_lines
+from data import (CHATS, KNOWN, RecordFile, Records, check_images, encode_record, encode_turns, form_problems,
+                  image_names, is_text, load_pixels, meant, mentions, read_records, turns_of)
+from files.text import one_line, path_inside, write_json_lines
 from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOLERATED = "tolerated: "                   # begins the kinds that are counted, and are no problem
 tokenizer_of = lru_cache(load_tokenizer)    # loaded once a worker
 
@@ -38,6 +46,8 @@ def problems_of(record, root, config):
         slots = problems_in("slots", check_images, turns, len(names)) if names else []
         slots += problems_in("slots", mentions, turns, len(masks)) if masks else []
         found += slots or problems_in("no room", check_room, turns, len(names), len(masks), config)
+    if masks and not config.region_dim:
+        found.append(("no regions", f"{len(masks)} mask(s), and the model reads whole images only"))
     for name in names:
         size, problems = open_once(name, root)
         found += problems
@@ -77,9 +87,9 @@ def check(path, root, workers, config, fix=None):
     if fix and not pathlib.Path(fix).resolve().parent.is_dir():
         raise ValueError(f"--fix {fix}: no such folder")
     encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
-    items, clean, first_line, kinds = list(parse_records(path)), [], {}, collections.Counter()
-    if not items:
-        raise ValueError(f"{path} holds no records")
+    records = RecordFile(path)
+    items = [records.raw(i) for i in range(len(records))]
+    clean, first_line, kinds, progress = [], {}, collections.Counter(), Progress("checked", len(items))
     run = map if workers == 1 else partial(ProcessPoolExecutor(workers).map, chunksize=32)
     results = run(partial(problems_of, root=str(root), config=config), [record for _, record in items])
     for done, (found, (number, record)) in enumerate(zip(results, items), 1):
@@ -92,8 +102,8 @@ def check(path, root, workers, config, fix=None):
             print(one_line(f"line {number} ({str(name)[:80]}): {text}"))
         if not problems:
             clean.append({"id": str(number), **record})
-        if sys.stderr.isatty() and (done % 100 == 0 or done == len(items)):
-            print(f"\r{done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
+        if done % 100 == 0 or done == len(items):
+            progress.show(done)
     without = [not image_names(record) for _, record in items if isinstance(record, dict)]
     if any(without) and not all(without):
         kinds[f"{TOLERATED}no image, among records with images"] = sum(without)
@@ -104,6 +114,56 @@ def check(path, root, workers, config, fix=None):
         write_json_lines(fix, clean)
         print(f"{fix}: {len(clean)} records written")
     return len(items) - len(clean)
+
+
+@lru_cache(maxsize=100_000)
+def size_of(name, root, what):
+    """Bytes of an image or mask file, which must be there; 0 of a built-in scene."""
+    return 0 if name.startswith("scene:") else path_inside(name, root, what).stat().st_size
+
+
+class Survey(Records):
+    """Of each record its characters and the sizes of its files, or its error. No pixels are read."""
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        if isinstance(row, ValueError):
+            return row
+        return sum(len(turn["value"]) for turn in self.records[i]["conversations"]), row["sizes"]
+
+    def read_files(self, record):
+        sizes = [(name, size_of(name, self.root, "image")) for name in image_names(record)]
+        masks = [value for value in record.get("masks") or () if isinstance(value, str)]
+        return {"sizes": sizes + [(name, size_of(name, self.root, "mask")) for name in masks]}
+
+
+def survey(records, root, tokenizer, config, workers, skip_bad=0):
+    """
+    Every record looked at before the first step, by `workers` processes: slots, tokens, files that are missing.
+    out: lengths in characters (n,) int32; how many have no image; a digest of their files: names, sizes, and the bytes
+         of some; the numbers of the bad ones. More than skip_bad of them are a ValueError.
+    """
+    n, blank, digest, bad, first = len(records), 0, sha256(), [], []
+    lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
+    loader = DataLoader(Survey(records, root, tokenizer, config), batch_size=64, collate_fn=list,
+                        num_workers=workers if n > 10_000 else 0)
+    for i, row in enumerate(itertools.chain.from_iterable(loader)):
+        if i % 100 == 99:
+            progress.show(i + 1)
+        if isinstance(row, ValueError):
+            bad.append(i)
+            first += [str(row)[:200]] if len(bad) < 4 else []
+            continue
+        lengths[i], sizes = row
+        blank += not sizes
+        for name, size in sizes:
+            digest.update(f"{name} {size}\n".encode())
+            if size and i % (n // 16 + 1) == 0:
+                digest.update(pathlib.Path(root, name).read_bytes())
+    if len(bad) > skip_bad:
+        raise ValueError(f"{len(bad):,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
+                         f"--skip-bad {len(bad)} leaves them out")
+    return lengths, blank, digest.hexdigest()[:16], bad
 
 
 def show(path, root, config, n):
@@ -122,8 +182,18 @@ def show(path, root, config, n):
             print(f"  {'+' if learned else '-'} {len(tokens):5d}  {name or repr(tokenizer.decode(tokens))}")
 
 
+def settings(args):
+    """What decides how records are read: as --model or --preset has it, where no flag says otherwise."""
+    known = load_config(args.model) if args.model else PRESETS[args.preset or "tiny"]
+    size = args.image_size or known.image_size
+    return SimpleNamespace(image_size=size, tokens_per_image=(size // STRIDES[-1]) ** 2, fit=known.fit,
+                           chat=args.chat or known.chat, max_len=args.max_len or known.max_len,
+                           region_dim=known.region_dim if args.model or args.preset else 1,
+                           tokenizer=args.tokenizer or locate_weights(known.llm_dir, "language model"))
+
+
 def run(args):
-    config = SimpleNamespace(**vars(args), fit="resize", tokens_per_image=(args.image_size // STRIDES[-1]) ** 2)
+    config = settings(args)
     if args.command == "show":
         return show(args.file, args.images, config, args.n)
     try:
@@ -141,8 +211,10 @@ def main():
     add("--workers", type=whole(1, 1000), help="check: processes (default: all cores)")
     add("--fix", metavar="OUT", help="check: write the records without a problem to this .jsonl file")
     add("-n", type=whole(1), default=3, help="show: how many records (default 3)")
-    add("--tokenizer", default=ROOT / "weights/tiny-llm", help="tokenizer file or folder (default: the tiny preset's)")
-    add("--chat", default="llama-3", choices=CHATS, help="chat format (default llama-3)")
-    add("--max-len", type=whole(1), default=1024, help="check: tokens of prompt, images and answer (default 1024)")
-    add("--image-size", type=whole(STRIDES[-1], 8192), default=128, help="image side in pixels (default 128)")
+    add("--preset", choices=PRESETS, help="read as this preset does (default: tiny, but masks are welcome)")
+    add("--model", help="read as the run in this folder, which train.py wrote, does")
+    add("--tokenizer", "--llm", help="tokenizer file or folder (default: the model's)")
+    add("--chat", choices=CHATS, help="chat format (default: the model's)")
+    add("--max-len", type=whole(1), help="check: tokens of prompt, images and answer (default: the model's)")
+    add("--image-size", type=whole(STRIDES[-1], 8192), help="image side in pixels (default: the model's)")
     parser.run(run)

@@ -26,7 +26,7 @@ corpora, their splits, and their files under --root ({{kind}}: questions and ans
 {corpora}
 
 mixes of train splits; --root holds a sub-folder for each corpus, under its name here (FIT-RS and its benchmarks:
-fit-rs/), image paths then start from --root; corpora that are not there are listed as absent:
+fit-rs/), as for evaluate.py --benchmark all; image paths then start from --root; what is not there is listed as absent:
 {mixes}
 
 coco-masks, any COCO instance file; share of each type of record:

@@ -65,7 +65,7 @@ CORPORA = {
     "osprey-questions": Corpus(read_osprey, "description/questions.json", ("test",), COCO, "region detail"),
 }
 
-# The papers' mixes: train splits only, from a sub-folder of --root for each corpus, in a seeded order.
+# The papers' mixes: train splits only, each corpus from its folder_of, in a seeded order.
 FIT_PARTS = ("fit-rs-captions", "fit-rs-classes", "fit-rs-multiturn", "fit-rs-regions", "fit-rs-vqa")
 MIXES = {
     # Aquila Sec. 4.1.1, about 1 M image-text pairs.
@@ -76,6 +76,14 @@ MIXES = {
 }
 # Benchmarks over the pictures of another corpus, in the same folder; besides these a corpus's own val and test count.
 BENCHMARKS_OF = dict.fromkeys(MIXES["instruct"], ("fit-rsfg-captions", "fit-rsfg-vqa"))
+
+
+def folder_of(name):
+    """
+    Where a corpus lies when --root holds several, for a mix and for `evaluate.py --benchmark all`: in a sub-folder of
+    its name; FIT-RS, its parts and its benchmarks, which are over the same pictures, all in fit-rs.
+    """
+    return "fit-rs" if name.startswith("fit-rs") else name
 
 
 def read_corpus(name, root, split="train", file=None, raw_answers=False, per_image=20):
@@ -110,7 +118,7 @@ def read_mix(mix, root, raw_answers=False):
         if name in FIT_PARTS and "fit-rs" in there:
             print(f"{name:19}{'-':>10}  part of fit-rs")
             continue
-        folder = "fit-rs" if name in FIT_PARTS else name
+        folder = folder_of(name)
         held_out, checked = held_out_images(name, Path(root, folder))
         try:
             rows = list(read_corpus(name, Path(root, folder), raw_answers=raw_answers))

@@ -2,9 +2,11 @@
 JSON, the paths that a data file names, and writing a file whole or not at all.
 """
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import tempfile
 
 DEEPEST = 50                                # brackets within brackets
 
@@ -18,14 +20,17 @@ def one_line(text):
 
 
 def path_inside(name, root, what):
-    """A file that a data file names, under root; what: "image", "mask". Data files come from anywhere."""
-    root = pathlib.Path(root)
+    """
+    A file that a data file names, under root; what: "image", "mask". Data files come from anywhere, so a name may not
+    climb out. A link in the folder may lead anywhere: it is the user's own.
+    """
+    root, named = pathlib.Path(root), pathlib.PureWindowsPath(name)                # it knows "C:", "\\" and "/"
     path, name = root / name, one_line(name)[:200]
     try:
         inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
     except (OSError, ValueError, RuntimeError):                                    # too long, a NUL, a ring of links
         raise ValueError(f"{what} {name}: not a path of this system") from None
-    if not inside:
+    if not inside and (named.anchor or ".." in named.parts):
         raise ValueError(f"{what} {name}: the path leaves the image folder {root}")
     if not there:
         raise FileNotFoundError(f"{what} {name}: no such file in {root}; is the folder right?")
@@ -48,6 +53,11 @@ def regular_file(path):
     return pathlib.Path(path)
 
 
+def file_digest(path):
+    with regular_file(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def parse_json(text, where=None):
     """Text, or bytes of UTF-8, -> a JSON value; where: to begin an error with."""
     with naming(where):
@@ -61,6 +71,8 @@ def parse_json(text, where=None):
             raise ValueError(f"not valid JSON: {e}; is the file cut off?") from None
         layer = [[value]]
         for _ in range(DEEPEST):
+            if not layer:
+                break
             parts = [part.values() if isinstance(part, dict) else part for part in layer]
             layer = [inner for part in parts for inner in part if isinstance(inner, (dict, list))]
         if layer:
@@ -86,15 +98,34 @@ def read_json_lines(path):
 @contextlib.contextmanager
 def written_whole(path):
     """Yields a temporary path beside `path` and renames it when all went well: a file that is there is whole."""
-    path = pathlib.Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file; write to another")
+    path = check_target(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno is None or e.filename not in (None, str(temporary)):            # of a file that is read
+            raise
+        raise unwritten(path, e) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path):
+    """The path, if a file can be written there; asked for before the work whose result goes there."""
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; write to another")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise unwritten(path, e) from None
+    return path
+
+
+def unwritten(path, error):
+    """What a full disk, or whatever else kept a file from being written, is told by."""
+    return ValueError(one_line(f"{path} cannot be written: {error.strerror or error}"))
 
 
 def write_json(path, value):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from files.checked_json import read_fields
-from files.text import one_line, regular_file, written_whole
+from files.text import one_line, regular_file, unwritten, written_whole
 
 FLOATS = ("F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -131,4 +131,7 @@ def write_tensors(path, tensors, metadata=None):
     """{name: tensor} as a safetensors file; metadata: {name: text}."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as e:        # of a full disk, too
+            raise unwritten(path, OSError(str(e))) from None

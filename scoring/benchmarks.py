@@ -8,7 +8,7 @@ import re
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from corpora.table import CORPORA, read_corpus
+from corpora.table import CORPORA, folder_of, read_corpus
 from files.text import read_json
 from scoring.metrics import best_constant
 from scoring.scores import references_of
@@ -55,12 +55,18 @@ def benchmark_jobs(args):
         raise ValueError(f"--split {args.split} goes with one benchmark; all takes the splits of the paper's Table 1")
     jobs, left_out = {}, args.leave_out.split(",")
     for name in BENCHMARKS if everything else [args.benchmark]:
-        root, split = Path(args.root, name if everything else ""), args.split or BENCHMARKS[name].split
+        root, split = Path(args.root, folder_of(name) if everything else ""), args.split or BENCHMARKS[name].split
         if everything and not root.is_dir():
             print(f"{name}: no folder {root}, skipped")
             continue
-        records = [record for record in read_corpus(name, root, split, raw_answers=args.raw_answers)
-                   if record.get("type") not in left_out]
+        try:
+            records = [record for record in read_corpus(name, root, split, raw_answers=args.raw_answers)
+                       if record.get("type") not in left_out]
+        except FileNotFoundError as error:  # the folder may be there for training alone
+            if not everything:
+                raise
+            print(f"{name}: {error}; skipped")
+            continue
         if records:
             jobs[name] = split, records[:args.limit], root
         elif everything:
@@ -68,7 +74,8 @@ def benchmark_jobs(args):
         else:
             raise ValueError(f"{name}: {root} has no record of split {split} (left out: {args.leave_out or 'nothing'})")
     if not jobs:
-        raise ValueError(f"--root {args.root}: nothing to ask; expected sub-folders named {', '.join(BENCHMARKS)}")
+        folders = dict.fromkeys(map(folder_of, BENCHMARKS))
+        raise ValueError(f"--root {args.root}: nothing to ask; expected sub-folders named {', '.join(folders)}")
     return jobs
 
 

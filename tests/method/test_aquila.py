@@ -114,6 +114,84 @@ def test_grad_checkpoint_changes_no_gradient(small, lora):
     assert all(torch.allclose(a, gradients[1][k], rtol=1e-5, atol=1e-6) for k, a in gradients[0].items())
 
 
+# ---------------------------------------------------------------------------------------------- what a batch is made of
+
+def gradient(model, rows, micro=4, pad=0, copies=False, **more):
+    """The gradient of the rows' loss, of micro-batches of so many rows, each padded by so many more."""
+    model.zero_grad()
+    for i in range(0, len(rows), micro):
+        some = [{k: v for k, v in row.items() if not (copies and k == "files")} for row in rows[i:i + micro]]
+        batch = collate(some)
+        batch["ids"], batch["labels"] = F.pad(batch["ids"], (0, pad)), F.pad(batch["labels"], (0, pad), value=IGNORE)
+        batch["images"] = None if batch["images"] is None else batch["images"].double()
+        model({**batch, **more})[0].backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(ours, theirs):
+    return max(difference(ours[k], theirs[k]) for k in ours if theirs[k].any())
+
+
+@pytest.fixture
+def training(small):
+    def make(dropout):
+        model = small(torch.float64, lora=LoRAConfig(rank=4, alpha=8, dropout=dropout)).train()
+        set_stage(model, 2)
+        return model
+    return make
+
+
+NUMBERED = [{**row, "number": number} for row, number in zip(ROWS, (70, 3, 11, 1_000_000))]
+
+
+@pytest.mark.parametrize("changes", [dict(micro=1), dict(micro=2), dict(pad=7), dict(micro=1, pad=3), "again", "shuffled"],
+                         ids=str)
+def test_dropout_is_of_the_sample_and_the_step(training, changes):
+    """Micro-batches, padding, the order of rows and activation checkpointing change no mask."""
+    model, rows = training(0.3), NUMBERED
+    expected = gradient(model, rows, draw=5)
+    if changes == "again":
+        model.llm.grad_checkpoint, changes = True, {}
+    elif changes == "shuffled":
+        rows, changes = rows[::-1], {}
+    found = gradient(model, rows, draw=5, **changes)
+    assert_near("LoRA dropout: a batch = its micro-batches, gradient (float64)", largest_difference(found, expected), 1e-12)
+
+
+def test_dropout_is_another_in_another_step_sample_and_layer(training):
+    model, row = training(0.3), {**ROWS[0], "number": 7}
+    first = gradient(model, [row], draw=5)
+    for other in (gradient(model, [row], draw=6), gradient(model, [{**row, "number": 8}], draw=5), gradient(model, [row])):
+        assert largest_difference(other, first) > 1e-3
+    masks = [m.drop(torch.ones(1, 9, 24)) for m in (model.llm.layers[0].attn.q, model.llm.layers[0].attn.k)]
+    assert not torch.equal(*masks) and {0.0} < set(masks[0].unique().tolist()) == {0.0, masks[0].max().item()}
+    assert largest_difference(gradient(model, [row]), gradient(model, [row])) > 1e-3               # no draw: as usual
+
+
+def test_the_share_that_dropout_drops(training):
+    m = training(0.3).llm.layers[0].attn.q
+    m.rows = [("1 2", 400), ("1 3", 100)]
+    x = m.drop(torch.ones(2, 500, 24))
+    for row, length in zip(x, (400, 100)):
+        assert abs((row[:length] == 0).float().mean() - 0.3) < 0.02 and row[:length].unique().numel() == 2
+    assert not torch.equal(x[0, :100], x[1, :100])
+
+
+def test_an_image_used_twice_is_encoded_once(training):
+    """Four rows of two images, one row with both: the same gradients as with copies, and one pass of the encoder for each image."""
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+    uses = [("a",), ("b",), ("b", "a"), ("a",)]
+    rows = [{**prompt(f"question {i}", len(names), answer="yes"), "files": names,
+             "images": torch.stack([images["ab".index(name)] for name in names])} for i, names in enumerate(uses)]
+    batch = collate(rows)
+    assert batch["images"].shape[0] == 2 and batch["image_of"].tolist() == [0, 1, 1, 0, 0]
+    model, seen = training(0.0), []
+    model.vision.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    once, copied = gradient(model, rows), gradient(model, rows, copies=True)
+    assert seen == [2, 5]
+    assert_near("an image used twice = two of it, gradient (float64)", largest_difference(once, copied), 1e-12)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_trains_what_its_table_says(small, lora, stage):
     """One optimizer step: every parameter of the listed parts has a gradient and moves; nothing else changes a bit."""

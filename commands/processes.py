@@ -1,0 +1,152 @@
+"""
+The processes that torchrun starts, `torchrun --nproc-per-node 2 train.py ...`: what they tell each other, and how they
+end. A plain python run is one process.
+
+What is done by a process alone may fail in it alone, while the others wait for it: so it is done `together`.
+"""
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from commands.arguments import end
+from files.text import one_line
+
+
+def start_processes():
+    """-> (rank, number of processes, device). torchrun sets the environment."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def rank_and_world():
+    """-> (rank, number of processes) of what start_processes started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """-> a list of the values that the processes gave, in the order of their ranks, the same in every process."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+class SharedMistake(ValueError):
+    """All processes have this one: the first prints it."""
+
+
+class Stopped(Exception):
+    """By a signal: (its number, a line about it)."""
+
+
+def together(work):
+    """-> work(), done in every process. A mistake in one of them stops all with the same SharedMistake."""
+    result = mistake = None
+    try:
+        result = work()
+    except Exception as e:
+        mistake = explain(e)
+        if mistake is None:
+            raise
+    for line in filter(None, gather(mistake)):
+        raise SharedMistake(line)
+    return result
+
+
+def from_first(work):
+    """-> what work() gives in the first process, in every process; a mistake there stops all."""
+    return gather(together(lambda: work() if rank_and_world()[0] == 0 else None))[0]
+
+
+def explain(error):
+    """One line about an error that its user can mend; None for one of ours, which needs its traceback."""
+    text, (_, world) = str(error) or type(error).__name__, rank_and_world()
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory; take fewer samples at once, --micro or --batch ({one_line(text)[:200]})"
+    if world > 1 and re.search("onnection (closed|reset)|NCCL", text):
+        time.sleep(5)                       # torchrun ends this process before, and tells of the one that failed
+        return "another process has ended"
+    known = isinstance(error, ValueError | OSError | ModuleNotFoundError) or "DataLoader worker" in text
+    return text if known else None
+
+
+@contextlib.contextmanager
+def ending(command):
+    """
+    Around all that a command does in its processes: a mistake ends it with one line and exit code 2, printed by the
+    first process if all have it, else by the one that has it; Stopped with a line and the exit code of its signal.
+    """
+    try:
+        yield
+    except Stopped as e:
+        end(command, e.args[1], code=128 + e.args[0], silent=rank_and_world()[0] > 0)
+    except Exception as e:
+        (rank, world), line = rank_and_world(), explain(e)
+        if line is None:
+            raise
+        alone = world > 1 and not isinstance(e, SharedMistake)
+        end(command, f"process {rank}: {line}" if alone else line, silent=rank > 0 and not alone)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- signals, lock
+
+class StopSignal:
+    """
+    SIGTERM, which schedulers and torchrun send, and Ctrl-C, from `with StopSignal() as stop` on. The first one raises
+    Stopped; or, once `stop.wait` is set, is kept in `stop.number` for a loop to find. A second one ends the process.
+    """
+
+    def __enter__(self):
+        self.number, self.wait = 0, False
+        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+        if not self.wait:
+            raise Stopped(number, f"ended by {signal.Signals(number).name}")
+
+
+def ignore_signals(worker):
+    """A DataLoader's worker_init_fn: torchrun signals to data workers, too, which end with the process they work for."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def lock(path):
+    """-> a file, made at this path for nothing else, locked until it is closed or this process ends in whatever way."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as e:
+        raise ValueError(f"{path.parent} cannot be written: {e.strerror}; choose another --out") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock, which data workers would inherit
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{path} is locked by process {file.read(20)}, which still runs; wait for it or end it, or "
+                         "choose another --out") from None
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file

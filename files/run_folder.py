@@ -1,0 +1,213 @@
+"""
+The folder of a training run: its checkpoints and its log.
+
+    run.lock                            locked by the run's first process while it lives
+    log.jsonl, loss.png                 a row a step, only ever appended to; the same, drawn
+    step-000200/                        a checkpoint:
+        model.safetensors, config.json      what every command takes as --model or --init-from
+        optimizer.safetensors, run.json     what --resume needs besides: Adam's means; the step, and the run's settings
+        SHA256SUMS                          of these four, as sha256sum writes it
+    model.safetensors, config.json      of the last step, when the schedule is finished
+
+A checkpoint is written under another name and renamed: a folder called step-* is whole.
+"""
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+
+import torch
+
+from aquila import save_model
+from files.checked_json import Fields, read_fields
+from files.text import file_digest, one_line, parse_json, regular_file, unwritten, write_json, written_whole
+from files.weights import fill, open_tensors, write_tensors
+from pictures.curve import draw_curve
+
+STEP = re.compile(r"step-\d{6,9}")
+# What a run writes, or wrote (state.pt), and what a kill leaves of it.
+OURS = re.compile(rf"(log\.jsonl|loss\.png|model\.safetensors|config\.json|state\.pt|{STEP.pattern})((\.\d+\.tmp)*)")
+SEALED = ("config.json", "model.safetensors", "optimizer.safetensors", "run.json")
+
+
+# ---------------------------------------------------------------------------------------------- which checkpoint
+
+def checkpoints(folder):
+    """The checkpoints of a run, oldest first."""
+    found = (path for path in pathlib.Path(folder).glob("step-*") if STEP.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find_checkpoint(out, resume, overwrite):
+    """What a run in the folder `out` goes on from, or None. What lies there is not overwritten unasked."""
+    own, found = checkpoints(out)[-1:], None
+    there = [name for name in ("log.jsonl", "state.pt", "model.safetensors") if (out / name).exists()]
+    if not own and there == ["model.safetensors"]:
+        raise ValueError(f"{out} holds a model that no run of train.py wrote; choose another --out")
+    if resume == "auto":
+        found = own[0] if own else None
+    elif resume:
+        named = pathlib.Path(resume)
+        found = named if STEP.fullmatch(named.name) else next(reversed(checkpoints(named)), named)
+        if not (found / "run.json").exists():
+            raise ValueError(f"--resume {resume}: no checkpoint there, a folder such as step-000200 (a state.pt of "
+                             "earlier versions is not read)")
+    if (own or there not in ([], ["log.jsonl"])) and not overwrite and [path.resolve() for path in own] != [
+            found and found.resolve()]:
+        raise ValueError(f"{out} holds a run ({', '.join([path.name for path in own] + there)}); --resume auto goes on "
+                         "with its last checkpoint, --overwrite starts anew, --out takes another folder")
+    return found
+
+
+def clear(out, everything):
+    """Remove what killed runs left half-written, or all that a run wrote; never another file."""
+    for path in out.iterdir():
+        known = OURS.fullmatch(path.name)
+        if known and (everything or known[2]):
+            remove(path)
+
+
+def remove(path):
+    """A checkpoint loses its name first, so that it is whole as long as it has it."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(temporary_for(path)))
+    else:
+        path.unlink()
+
+
+def temporary_for(path):
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+# ---------------------------------------------------------------------------------------------- save and load
+
+def save_checkpoint(run, step, keep):
+    """Write the checkpoint of a step, then remove all but the `keep` newest."""
+    folder = run.out / f"step-{step:06d}"
+    for name, p in run.trainable.items():
+        if not p.isfinite().all():
+            raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
+    temporary = temporary_for(folder)
+    try:
+        save_model(run.model, temporary)
+        write_tensors(temporary / "optimizer.safetensors", moments(run))
+        write_json(temporary / "run.json", {"step": step, "settings": run.settings})
+        seal(temporary)
+        temporary.rename(folder)
+    except (ValueError, OSError) as e:
+        reason = str(e).replace(str(temporary), str(folder))
+        raise ValueError(f"{reason}; --resume auto goes on from the checkpoint before, if there is one") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(run.out)[:-keep]:
+        remove(old)
+
+
+def moments(run):
+    """{name: tensor} of what AdamW keeps. Its count of steps is the run's."""
+    return {f"{kind}.{name}": run.optimizer.state[p][kind]
+            for name, p in run.trainable.items() for kind in ("exp_avg", "exp_avg_sq")}
+
+
+def seal(folder):
+    """Write SHA256SUMS when all that it tells of has reached the disk."""
+    for name in SEALED:
+        with (folder / name).open("rb") as file:
+            os.fsync(file)
+    (folder / "SHA256SUMS").write_text("".join(f"{file_digest(folder / name)}  {name}\n" for name in SEALED))
+
+
+def check_checkpoint(folder, settings, force=False):
+    """ValueError if a checkpoint is damaged, or (unless forced) of a run with other settings than these."""
+    sums = regular_file(folder / "SHA256SUMS").read_text(errors="replace").splitlines()
+    for name in SEALED:
+        if f"{file_digest(folder / name)}  {name}" not in sums:
+            raise ValueError(f"{folder / name} is damaged, it is not what was written (SHA256SUMS); remove {folder}, "
+                             "and --resume auto takes the checkpoint before")
+    was, now = flat(read_fields(folder / "run.json").take("settings", dict)), flat(settings)
+    changed = [name for name in now | was if was.get(name) != now.get(name)]
+    if changed and not force:
+        name, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ValueError(f"{folder}: the run to resume had {name} {one_line(was.get(name))[:60]}, now it is "
+                         f"{one_line(now.get(name))[:60]}{more}; give the same, or go on with --force-resume")
+
+
+def flat(settings, prefix=""):
+    """Nested settings as one level, {"recipe.lr": 0.001}: a mismatch is told by the smallest part."""
+    named = {}
+    for name, value in settings.items():
+        named |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return named
+
+
+def load_state(run, folder):
+    """Put a run back where it was, -> the next step."""
+    step = read_fields(folder / "run.json").take("step", int, 1, run.steps)
+    fill(run.model.own_parameters(), open_tensors(folder / "model.safetensors").items(), folder / "model.safetensors")
+    for p in run.trainable.values():
+        run.optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
+    fill(moments(run), open_tensors(folder / "optimizer.safetensors").items(), folder / "optimizer.safetensors")
+    return step
+
+
+def finish(run):
+    """Copy the last checkpoint's model to where a finished run has it."""
+    for name in ("config.json", "model.safetensors"):
+        with written_whole(run.out / name) as temporary:
+            shutil.copyfile(checkpoints(run.out)[-1] / name, temporary)
+
+
+# ---------------------------------------------------------------------------------------------- log
+
+class Log:
+    """log.jsonl, and the line a person watches."""
+
+    def __init__(self, out, start, steps):
+        self.path, self.picture, self.start, self.steps = out / "log.jsonl", out / "loss.png", start, steps
+        self.rows, end = read_rows(self.path, start)
+        if self.path.exists():
+            os.truncate(self.path, end)     # rows after the checkpoint come again; a kill may have cut the last one
+        self.began = self.last = time.time()
+
+    def write(self, row):
+        now = time.time()
+        seconds, self.last = now - self.last, now
+        self.rows.append({**row, "seconds": round(seconds, 3)})
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        except OSError as e:
+            raise unwritten(self.path, e) from None
+        step, val = row["step"], f" | val {row['val']:.4f}" if "val" in row else ""
+        left = (self.last - self.began) / (step - self.start) * (self.steps - step)
+        line = (f"step {step}/{self.steps} | loss {row['loss']:.4f}{val} | {row['tokens'] / seconds:7,.0f} tok/s | "
+                f"lr {row['lr']:.2e} | gnorm {row['gnorm']:6.2f} | {left:5.0f} s left")
+        if sys.stdout.isatty():
+            print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
+        elif step % 20 == 0 or step in (1, self.steps) or val:
+            print(line, flush=True)
+
+    def draw(self):
+        with written_whole(self.picture) as temporary:
+            draw_curve(self.rows, temporary)
+
+
+def read_rows(path, last):
+    """-> the rows of a log up to the step `last`, and where they end in the file."""
+    rows, end = [], 0
+    for number, line in enumerate(regular_file(path).open("rb") if path.exists() else (), 1):
+        if not line.endswith(b"\n"):
+            break
+        where = f"{path}, line {number}"
+        row = Fields(parse_json(line, where), where)
+        row.take("loss", float)
+        row.take("val", float, default=0.0)
+        if row.take("step", int, 1) > last:
+            break
+        rows.append(row.values)
+        end += len(line)
+    return rows, end
