@@ -66,16 +66,16 @@ def run_once(call, leaves, backward):
             call()
 
 
-def interleaved(calls, rounds):
+def interleaved(calls, rounds, clock=time.perf_counter):
     """{name: call} -> {name: median seconds}, and the median of each round's ratio to the first name."""
     times = {name: [] for name in calls}
     for call in calls.values():
         call()                              # once, not counted
     for _ in range(rounds):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             call()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     first = next(iter(times))
     ratios = {name: statistics.median(t / f for t, f in zip(times[name], times[first])) for name in times}
     return {name: statistics.median(t) for name, t in times.items()}, ratios

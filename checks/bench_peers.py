@@ -4,21 +4,31 @@ the environment of tests/requirements-peers.txt.
 
     python -m checks.bench_peers convnext               # ConvNeXt-Large at 512 pixels, timm in its faster memory format
     python -m checks.bench_peers prefill                # a Llama of 0.5 B, prompts of 1,100 tokens, transformers
+    python -m checks.bench_peers step [ours|theirs]     # a training step of stage 2, of Aquila and of the same model put
+                                                        # together from timm, transformers and peft; float32
     python -m checks.bench_peers decode DIR             # greedy decoding, bfloat16, of a Hugging Face model in DIR;
                                                         # "compiled" is evaluate.py's --compile, warmed up before
 
 Prints milliseconds and the peer's time over ours (above 1: ours is faster).
 """
+import copy
+import dataclasses
+import subprocess
+import sys
 import tempfile
+import time
 
 import torch
+import torch.nn.functional as F
 
-from checks.bench import interleaved
+from aquila import PRESETS, Aquila, LoRAConfig, set_stage
+from checks.bench import ROOT, interleaved, peak_memory
 from commands.arguments import Parser, whole
 from convnext import CONVNEXTS, ConvNeXt
+from data import collate
 from fast_decoding import compile_decoding, fastest_step
-from llama import Llama, LlamaConfig, generate, load_llama, save_llama
-from tokenizer import load_tokenizer
+from llama import Llama, LlamaConfig, generate, load_llama, save_llama, save_lora
+from tokenizer import IGNORE, IMAGE_SLOT, load_tokenizer
 
 
 def report(what, times, ratios):
@@ -82,7 +92,105 @@ def bench_decode(rounds, folder, n=64):
     print(f"transformers over ours, compiled: {ratios['transformers'] / ratios['ours, compiled']:.2f}x")
 
 
+# ---------------------------------------------------------------------------------------------- a training step
+
+class PutTogether(torch.nn.Module):
+    """Aquila of published parts: timm's ConvNeXt, transformers' Llama with peft's LoRA; SFI as printed, as MDA too."""
+
+    def __init__(self, ours):
+        super().__init__()
+        import peft
+        import timm
+        import transformers
+        self.vision = timm.create_model("convnext_large", features_only=True).requires_grad_(False).eval()
+        timm_names = {k.replace("stages.", "stages_").replace("stem.", "stem_"): v
+                      for k, v in ours.vision.state_dict().items()}
+        self.vision.load_state_dict(timm_names)
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Llama(ours.config.llm)
+            plain.load_state_dict({k: v for k, v in ours.llm.state_dict().items() if "lora" not in k})
+            save_llama(plain, folder)
+            save_lora(ours.llm, folder)
+            llm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self.llm = peft.PeftModel.from_pretrained(llm, folder, is_trainable=True)
+        self.pyramid, self.tokens, self.mda = (copy.deepcopy(part) for part in (ours.pyramid, ours.tokens, ours.mda))
+        layers = self.llm.base_model.model.model.layers
+        for i, mda in self.mda.items():
+            layers[int(i)].register_forward_pre_hook(lambda _, args, mda=mda: (self.inject(args[0], mda), *args[1:]))
+
+    def inject(self, x, mda):
+        hidden = x[self.slots].view(len(self.windows[0]), -1, x.shape[-1])
+        hidden = hidden + mda.sfi.printed(mda.norm(hidden), self.windows)
+        return x.masked_scatter(self.slots[..., None], hidden)
+
+    def forward(self, batch):
+        ids, self.slots = batch["ids"], batch["ids"] == IMAGE_SLOT
+        with torch.no_grad():
+            maps = self.vision(batch["images"])
+        self.windows, grid = self.pyramid(maps)
+        tokens = self.tokens.sfi.printed(self.tokens.grid_queries(grid), self.windows)
+        x = self.llm.get_input_embeddings()(ids.clamp(min=0)).masked_scatter(self.slots[..., None], tokens)
+        logits = self.llm(inputs_embeds=x, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE,
+                               reduction="sum")
+
+
+def step_setup(which, dropout=0.0):
+    """-> {"ours", "theirs": call}; a call is one training step on two rows of an image and 64 tokens of text."""
+    torch.manual_seed(0)
+    llm = LlamaConfig(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, ffn_dim=1536, vocab_size=49152, tied=True)
+    config = dataclasses.replace(PRESETS["aquila-8b"], vision=CONVNEXTS["large"], llm=llm, image_size=512, dim=512,
+                                 mda_layers=(0, 8, 16, 24), lora=LoRAConfig(rank=64, alpha=16, dropout=dropout))
+    ours = Aquila(config)
+    for name, p in ours.named_parameters():
+        if p.requires_grad and not p.any():                    # what starts at zero would hide a difference
+            torch.nn.init.normal_(p, std=0.01)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(0, 49152, (64,), generator=generator).tolist()
+    rows = [{"id": "", "ids": [IMAGE_SLOT] * 256 + text, "labels": [IGNORE] * 300 + text[44:],
+             "images": torch.randn(1, 3, 512, 512, generator=generator)} for _ in range(2)]
+    batch, models = collate(rows), {}
+    if which != "ours":
+        models["theirs"] = PutTogether(ours).train()
+        models["theirs"].vision.eval()
+    if which != "theirs":
+        set_stage(ours, 2)
+        models = {"ours": ours.train(), **models}
+        ours.vision.eval()
+    return {name: lambda model=model: one_step(model, batch) for name, model in models.items()}
+
+
+def one_step(model, batch):
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=0.0)
+    loss = model(batch)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), norm
+
+
+def bench_step(rounds, which):
+    """Times of both in one process, interleaved; memory, the peak above the weights, of each in a process of its own."""
+    if which:
+        call = step_setup(which)[which]
+        return print(peak_memory(call))
+    calls = step_setup("both")
+    results = {name: call() for name, call in calls.items()}
+    print("loss and norm of the gradient:", results, flush=True)
+    times, ratios = interleaved(calls, rounds, time.process_time)
+    report("training step", times, ratios)
+    for name in calls:
+        command = [sys.executable, "-m", "checks.bench_peers", "step", name]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        print(f"{name:10} {float(done.stdout):8.0f} MB above the weights", flush=True)
+
+
 def bench(args):
+    if args.what == "step":
+        return bench_step(args.rounds, args.folder)
     if args.what == "decode":
         return bench_decode(args.rounds, args.folder)
     bench_it = bench_convnext if args.what == "convnext" else bench_prefill
@@ -92,8 +200,8 @@ def bench(args):
 
 def main():
     parser = Parser(prog="python -m checks.bench_peers", description=__doc__)
-    parser.add_argument("what", choices=("convnext", "prefill", "decode"))
-    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder")
+    parser.add_argument("what", choices=("convnext", "prefill", "step", "decode"))
+    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder; step: ours or theirs, for its memory alone")
     parser.add_argument("--rounds", type=whole(1), default=7, help="interleaved rounds (default 7)")
     parser.run(bench)
 
