@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aquila import LoRAConfig, build, config_to_dict, load_checkpoint, locate_weights, part_of, set_stage
+from commands.memory import describe_memory
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
@@ -51,6 +52,7 @@ class Recipe:
     warmup: float                           # share of the steps
     batch: int = 32                         # global: samples of one optimizer step
     micro: int = 8                          # samples a process takes at once
+    grad_checkpoint: bool = False           # the LM's layers are computed again in the backward pass: less memory
     epochs: float = 1.0
     scenes: int = 0                         # built-in train scenes when no --data is given; 0: 1,000
     lora: LoRAConfig | None = None
@@ -58,18 +60,20 @@ class Recipe:
 
 # What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
 # of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
-# LoRA on the LM).
+# LoRA on the LM). With micro and grad_checkpoint of the two large presets 80 GB hold samples of any length up to max_len
+# (python aquila.py --preset aquila-8b --memory).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
-    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
+    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, micro=4, grad_checkpoint=True),
+                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, micro=4, grad_checkpoint=True,
+                            lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
-    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
-                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
+    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
+                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
+                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03, grad_checkpoint=True,
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
                   2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5120),
@@ -89,10 +93,13 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def optimizer_for(params, decay):
-    """AdamW. ASSUMPTION: norms, biases and other vectors are not decayed."""
+    """
+    AdamW. ASSUMPTION: norms, biases and other vectors are not decayed. One tensor after the other: a GPU's default,
+    all at once, would need room for one more copy of what is trained.
+    """
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=decay),
               dict(params=[p for p in params if p.dim() <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, foreach=False)
 
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -222,7 +229,7 @@ def set_up(args, device):
     config, recipe, out, start = together(lambda: resolve(args, RECIPES[args.preset], world))
     held = together(lambda: lock(out / "run.lock") if rank == 0 else None)
     checkpoint = from_first(lambda: find_checkpoint(out, args.resume, args.overwrite))
-    records, lengths, blank, digests = from_first(lambda: open_data(args, args.data, config, recipe))
+    records, lengths, blank, longest, digests = from_first(lambda: open_data(args, args.data, config, recipe))
     held_back = from_first(lambda: open_data(args, args.val, config, recipe)) if args.val else None
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
     run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, digests))
@@ -239,6 +246,7 @@ def set_up(args, device):
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
     if rank == 0:
         describe_run(run, args, len(records), blank, world)
+        describe_memory(run, args.stage, optimizer_for, longest, world, device)
     return run
 
 
@@ -249,19 +257,20 @@ def make_run(args, config, recipe, out, start, samples, device):
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
     trainable = set_stage(model, args.stage)
-    model.llm.grad_checkpoint = args.grad_checkpoint
+    model.llm.grad_checkpoint = recipe.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
     return Run(model, recipe, out, steps, dtype, trainable, optimizer_for(list(trainable.values()), recipe.decay))
 
 
 def settings_of(run, args, start, digests):
     """
-    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, processes and
-    paths decide nothing; epochs and scenes show in steps and data.
+    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, checkpoints of
+    activations, processes and paths decide nothing; epochs and scenes show in steps and data.
     """
     recipe, model = config_to_dict(run.recipe), config_to_dict(run.model.config)
+    free = "micro", "grad_checkpoint", "epochs", "scenes"
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
-            "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
+            "recipe": {name: recipe[name] for name in recipe if name not in free},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
             "weights of": run.model.checksums(),                                   # the frozen parts
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
@@ -276,7 +285,7 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 def open_data(args, path, config, recipe):
     """
     The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, and digests of them and of their image and mask files
+    characters, how many have no image, tokens of the longest, and digests of them and of their image and mask files
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
@@ -285,8 +294,9 @@ def open_data(args, path, config, recipe):
         records = read_records(path)
         digest = records.digest
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    return records, lengths, blank, {"data": digest, "pictures": pictures}
+    lengths, blank, longest, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1),
+                                                  args.skip_bad)
+    return records, lengths, blank, longest, {"data": digest, "pictures": pictures}
 
 
 def built_in_records(family, stage, n, size):

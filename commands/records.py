@@ -123,13 +123,14 @@ def size_of(name, root, what):
 
 
 class Survey(Records):
-    """Of each record its characters and the sizes of its files, or its error. No pixels are read."""
+    """Of each record its characters, its tokens and the sizes of its files, or its error. No pixels are read."""
 
     def __getitem__(self, i):
         row = super().__getitem__(i)
         if isinstance(row, ValueError):
             return row
-        return sum(len(turn["value"]) for turn in self.records[i]["conversations"]), row["sizes"]
+        characters = sum(len(turn["value"]) for turn in self.records[i]["conversations"])
+        return characters, len(row["ids"]), row["sizes"]
 
     def read_files(self, record):
         sizes = [(name, size_of(name, self.root, "image")) for name in image_names(record)]
@@ -140,10 +141,10 @@ class Survey(Records):
 def survey(records, root, tokenizer, config, workers, skip_bad=0):
     """
     Every record looked at before the first step, by `workers` processes: slots, tokens, files that are missing.
-    out: lengths in characters (n,) int32; how many have no image; a digest of their files: names, sizes, and the bytes
-         of some; the numbers of the bad ones. More than skip_bad of them are a ValueError.
+    out: lengths in characters (n,) int32; how many have no image; tokens of the longest; a digest of their files: names,
+         sizes, and the bytes of some; the numbers of the bad ones. More than skip_bad of them are a ValueError.
     """
-    n, blank, digest, bad, first = len(records), 0, sha256(), [], []
+    n, blank, longest, digest, bad, first = len(records), 0, 0, sha256(), [], []
     lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
     loader = DataLoader(Survey(records, root, tokenizer, config), batch_size=64, collate_fn=list,
                         num_workers=workers if n > 10_000 else 0)
@@ -154,7 +155,8 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
             bad.append(i)
             first += [str(row)[:200]] if len(bad) < 4 else []
             continue
-        lengths[i], sizes = row
+        lengths[i], tokens, sizes = row
+        longest = max(longest, tokens)
         blank += not sizes
         for name, size in sizes:
             digest.update(f"{name} {size}\n".encode())
@@ -163,7 +165,7 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
     if len(bad) > skip_bad:
         raise ValueError(f"{len(bad):,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
                          f"--skip-bad {len(bad)} leaves them out")
-    return lengths, blank, digest.hexdigest()[:16], bad
+    return lengths, blank, longest, digest.hexdigest()[:16], bad
 
 
 def show(path, root, config, n):
