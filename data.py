@@ -298,7 +298,7 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
 
 # ---------------------------------------------------------------------------------------------- batches
 
-@lru_cache(maxsize=16)                      # many records in a row may be of one image
+@lru_cache(maxsize=4)                       # many records in a row may be of one image
 def fitted_image(name, root, size, fit):
     """-> an image at the model's size, and the (width, height) that its file has."""
     image = load_image(name, root)

@@ -324,8 +324,8 @@ class Batches:
                 if i // n != epoch:
                     epoch = i // n
                     generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
-                    order = torch.randperm(n, generator=generator).tolist()
-                picked.append(order[i % n])
+                    order = torch.randperm(n, generator=generator)
+                picked.append(int(order[i % n]))
             picked.sort(key=lambda i: self.lengths[i])
             for turn, begin in enumerate(range(0, self.batch, self.micro * self.world)):
                 # Every second time in reverse order, so that no process always gets the longest.

@@ -8,6 +8,7 @@ image is read and encoded once for all its questions.
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -90,6 +91,24 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder, tmp_path, killed_after
     code, out, err = evaluate_in(folder, "--out", tmp_path / "p.jsonl")
     assert code == 0 and (tmp_path / "p.jsonl").read_bytes() == whole and not partial.exists(), err
     assert sum(map(len, asked)) == N - rows // 4 * 4                               # the slice that was cut, once more
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_loses_nothing(folder, tmp_path, monkeypatch, number):
+    answer, asked = Aquila.answer, []
+
+    def answer_then_signal(self, batch, *rest, **options):
+        asked.append(batch["names"])
+        if len(asked) == 3:
+            os.kill(os.getpid(), number)
+        return answer(self, batch, *rest, **options)
+
+    monkeypatch.setattr(Aquila, "answer", answer_then_signal)
+    code, out, err = evaluate_in(folder, "--out", tmp_path / "p.jsonl")
+    assert code == 128 + number and err == f"evaluate.py: ended by {number.name}\n"
+    assert (tmp_path / "p.jsonl.partial").read_text().count("\n") == 1 + 2 * 4
+    assert evaluate_in(folder, "--out", tmp_path / "p.jsonl")[0] == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
 
 
 def test_all_columns_are_gone_on_with(folder, tmp_path, killed_after):
