@@ -39,8 +39,9 @@ def write_records(path, n):
         for i in range(n):
             turns = [("human", f"<image>\nWhich {' '.join(words[i % 900:i % 900 + 20])}?"),
                      ("gpt", " ".join(words[i % 890:i % 890 + 60]))]
-            turns = [{"from": role, "value": text} for role, text in turns]
-            file.write(json.dumps({"id": str(i), "image": f"{i // 5:04}__512__0___0.png", "conversations": turns}) + "\n")
+            record = {"id": str(i), "image": f"{i // 5:04}__512__0___0.png",
+                      "conversations": [{"from": role, "value": text} for role, text in turns]}
+            file.write(json.dumps(record) + "\n")
 
 
 class Lengths(Dataset):
@@ -94,7 +95,7 @@ def bench_records(n):
             began = time.time()
             extra = memory_of(form, many) - memory_of(form, few)
             print(f"{form:8} {count:10,} records of {many.stat().st_size / count:.0f} bytes, 4 processes x 4 workers: "
-                  f"{extra / 1e6:8,.0f} MB, {extra / count:7.0f} bytes a record ({time.time() - began:.0f} s)", flush=True)
+                  f"{extra / 1e6:,.0f} MB, {extra / count:.0f} bytes a record ({time.time() - began:.0f} s)", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- questions
@@ -112,9 +113,10 @@ def write_questions(folder, images, each):
 def evaluate(checkout, model, folder, processes, threads):
     """-> seconds of evaluate.py, and the answers."""
     out = folder / "answers.jsonl"
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    line = [sys.executable, *start, "evaluate.py", "--model", model, "--data", folder / "asked.jsonl", "--images", folder,
-            "--out", out]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    start = torchrun if processes > 1 else []
+    line = [sys.executable, *start, "evaluate.py", "--model", model, "--data", folder / "asked.jsonl",
+            "--images", folder, "--out", out]
     began = time.time()
     subprocess.run(list(map(str, line)), cwd=checkout, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True,
                    stdout=subprocess.DEVNULL)
@@ -139,8 +141,9 @@ def bench_questions(args):
     first, second = ways
     same = sum(a == b for a, b in zip(answers[first], answers[second]))
     ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[second]))
-    print(f"{args.images} images x {args.each} questions: {first} {statistics.median(seconds[first]):.1f} s, {second} "
-          f"{statistics.median(seconds[second]):.1f} s, {ratio:.2f}x; {same} of {len(answers[first])} answers are equal")
+    took = ", ".join(f"{way} {statistics.median(seconds[way]):.1f} s" for way in ways)
+    print(f"{args.images} images x {args.each} questions: {took}, {ratio:.2f}x; {same} of {len(answers[first])} "
+          "answers are equal")
 
 
 def bench(args):
@@ -157,7 +160,7 @@ def main():
     parser = Parser(prog="python -m checks.bench_run", description=__doc__)
     add = parser.add_argument
     add("what", choices=("records", "questions"))
-    add("--records", type=whole(1000, 10_000_000), default=1_400_000, help="how many (default 1.4 million)")
+    add("--records", type=whole(1000, 10 ** 7), default=1_400_000, help="how many (default 1.4 million)")
     add("--model", type=pathlib.Path, help="questions: folder that train.py wrote")
     add("--other", help="questions: another checkout of this repository")
     add("--images", type=whole(1), default=150, help="questions: images (default 150)")

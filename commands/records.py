@@ -12,7 +12,7 @@ import itertools
 import os
 import pathlib
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -82,7 +82,7 @@ def open_once(name, root):
 
 
 class Checked(Dataset):
-    """Of each record the number of its line, its name, whether it has an image (None: it is no record), all problems."""
+    """Of each record the number of its line, its name, whether it has an image (None: no record), all its problems."""
 
     def __init__(self, records, root, config):
         self.records, self.root, self.config = records, root, config
