@@ -305,8 +305,7 @@ def main():
     rank, _, device = start_processes()
     if rank:                                # every process has all answers; the first one says what comes of them
         sys.stdout = open(os.devnull, "w")
-    with ending("evaluate.py"):
-        StopSignal()
+    with StopSignal(), ending("evaluate.py"):
         run(together(build_parser().parse_args), device)
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from aquila import PRESETS, load_config, locate_weights
 from commands.arguments import Parser, whole
+from commands.processes import ignore_signals
 from commands.progress import Progress
 from convnext import STRIDES
 from data import (CHATS, KNOWN, RecordFile, Records, check_images, encode_record, encode_turns, form_problems,
@@ -30,6 +31,8 @@ from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
 
+SOME = 256                                  # records whose pictures a survey reads whole
+FEW = 10_000                                # records that one process looks at
 TOLERATED = "tolerated: "                   # begins the kinds that are counted, and are no problem
 tokenizer_of = lru_cache(load_tokenizer)    # loaded once a worker
 
@@ -146,7 +149,7 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
     n, blank, digest, bad, first = len(records), 0, sha256(), [], []
     lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
     loader = DataLoader(Survey(records, root, tokenizer, config), batch_size=64, collate_fn=list,
-                        num_workers=workers if n > 10_000 else 0)
+                        num_workers=workers if n > FEW else 0, worker_init_fn=ignore_signals)
     for i, row in enumerate(itertools.chain.from_iterable(loader)):
         if i % 100 == 99:
             progress.show(i + 1)
@@ -158,9 +161,9 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
         blank += not sizes
         for name, size in sizes:
             digest.update(f"{name} {size}\n".encode())
-            if size and i % (n // 16 + 1) == 0:
+            if size and i % (n // SOME + 1) == 0:
                 digest.update(pathlib.Path(root, name).read_bytes())
-    if len(bad) > skip_bad:
+    if len(bad) > skip_bad or len(bad) == n:
         raise ValueError(f"{len(bad):,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
                          f"--skip-bad {len(bad)} leaves them out")
     return lengths, blank, digest.hexdigest()[:16], bad
