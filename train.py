@@ -289,7 +289,7 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 def open_data(args, path, config, recipe):
     """
     The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, and digests of them and of their image and mask files
+    characters, how many have no image, and digests of them, of their tokens and of their image and mask files
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
@@ -297,8 +297,8 @@ def open_data(args, path, config, recipe):
     else:
         records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    return records, lengths, blank, {"data": digest, "pictures": pictures}
+    lengths, blank, digests = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
+    return records, lengths, blank, {"data": digest, **digests}
 
 
 def built_in_records(family, stage, n, size):

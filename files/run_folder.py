@@ -11,6 +11,7 @@ The folder of a training run: its checkpoints and its log.
 
 A checkpoint is written under another name and renamed: a folder called step-* is whole.
 """
+import contextlib
 import json
 import os
 import pathlib
@@ -209,10 +210,11 @@ class Log:
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         line = (f"step {step}/{self.steps} | loss {row['loss']:.4f}{val} | {row['tokens'] / seconds:7,.0f} tok/s | "
                 f"lr {row['lr']:.2e} | gnorm {row['gnorm']:6.2f} | {left:5.0f} s left")
-        if sys.stdout.isatty():
-            print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
-        elif step % 20 == 0 or step in (1, self.steps) or val:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop: the log has it
+            if sys.stdout.isatty():
+                print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
+            elif step % 20 == 0 or step in (1, self.steps) or val:
+                print(line, flush=True)
 
     def draw(self):
         with written_whole(self.picture) as temporary:

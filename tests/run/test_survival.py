@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import pty
 import re
 import resource
 import shutil
@@ -268,6 +269,25 @@ def test_what_nohup_ignores_stays_ignored(folder, tmp_path):
     wait_until(lambda: steps_of(out) > now + 1)
     run.send(signal.SIGTERM)
     assert run.end()[0] == 128 + signal.SIGTERM
+
+
+def on_a_terminal():
+    os.dup2(os.open(os.environ["TERMINAL"], os.O_WRONLY | os.O_NOCTTY), 1)
+    sys.stdout = open(1, "w")
+
+
+def test_a_terminal_that_closes_saves_the_running_step(folder, tmp_path):
+    """What was to be printed there cannot be printed."""
+    out, (ours, terminal) = tmp_path / "out", pty.openpty()
+    run = Process(tmp_path / "log", *flags_of(folder), *LONG, "--out", out, change=on_a_terminal,
+                  TERMINAL=os.ttyname(terminal))
+    wait_until(lambda: steps_of(out) >= 1)
+    os.close(ours)
+    os.close(terminal)
+    now = steps_of(out)
+    wait_until(lambda: steps_of(out) > now + 1)
+    run.send(signal.SIGHUP)
+    assert run.end()[0] == 128 + signal.SIGHUP and (out / f"step-{steps_of(out):06d}").exists()
 
 
 def torchrun(logs, script, *flags):
@@ -560,12 +580,23 @@ def other_data(folder, tmp_path):
     return ("--data", tmp_path / "data.jsonl"), "data"
 
 
+def other_tokenizer(folder, tmp_path):
+    """Beside the same weights: two tokens change places."""
+    shutil.copytree(LLM, tmp_path / "llm")
+    path = tmp_path / "llm/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    return ("--llm", tmp_path / "llm"), "tokens"
+
+
 def flag(*flags, told):
     return lambda folder, tmp_path: (flags, told)
 
 
 OTHERS = {"another --init-from": other_start, "one bit of the vision file": other_vision, "rows of the LM": other_llm,
-          "a picture": other_picture, "a larger picture": larger_picture, "an answer": other_data,
+          "the tokenizer": other_tokenizer, "a picture": other_picture, "a larger picture": larger_picture, "an answer": other_data,
           "--lr": flag("--lr", 0.5, told="recipe.lr 0.002, now it is 0.5"),
           "--batch": flag("--batch", 4, told="recipe.batch 2, now it is 4"),
           "--lora-dropout": flag("--lora-dropout", 0, told="recipe.lora.dropout 0.5, now it is 0"),
