@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -36,7 +36,7 @@ from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from
                                 rank_and_world, start_processes, together)
 from commands.records import survey
 from commands.training import describe_run, parse_args, resolve
-from data import Records, collate, read_records, to_device
+from data import RecordFile, Records, collate, to_device
 from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
 from files.text import file_digest
 from tokenizer import IGNORE, load_tokenizer
@@ -134,16 +134,21 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
 
 @torch.no_grad()
 def validate(model, batches, device, autocast):
-    """The loss a learned token of held-back records, over all processes."""
+    """-> the loss a learned token of held-back records, over all processes, and what here could not be read of them."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)                      # loss, learned tokens
+    sums, bad = torch.zeros(2, dtype=torch.float64, device=device), []             # loss, learned tokens
     for batch in batches:
+        batch = to_device(batch, device)
         with autocast:
-            loss, _, learned = model(to_device(batch, device))
+            loss, _, learned = model(batch)
         sums += torch.stack((loss, torch.full_like(loss, learned)))
+        bad += batch["bad"]
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    mean = (sums[0] / sums[1]).item()
+    if not math.isfinite(mean):
+        raise SharedMistake(f"the loss of the --val records is {mean}, over {sums[1]:.0f} learned tokens; lower --lr")
+    return mean, bad
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -155,12 +160,14 @@ class Run:
     out: pathlib.Path                       # its folder
     steps: int                              # of the whole schedule
     dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
+    frozen: dict                            # {frozen part: checksum of all its bits}
     trainable: dict                         # {name: parameter} that this stage trains
     optimizer: torch.optim.Optimizer
     settings: dict = None                   # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
     held_back: DataLoader = None            # of --val, this process's share
+    left_out: set = None                    # what was told of records that could not be read
     log: Log = None                         # of the first process, as what follows
     lock: IO = None
 
@@ -170,9 +177,10 @@ def train(run, args, device, stop):
     ids = [device.index] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-    params, turns, left_out = list(run.trainable.values()), recipe.batch // (recipe.micro * world), 0
+    params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
+    end = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
-    for step in range(run.first, min(run.steps, args.stop_after or run.steps)):
+    for step in range(run.first, end):
         lr, done = learning_rate(step, run.steps, recipe.lr, recipe.warmup), step + 1
         batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)])
         for batch in batches:
@@ -181,12 +189,14 @@ def train(run, args, device, stop):
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
-        if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, run.held_back, device, autocast), 5)
-        signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
-        if any(bad):
-            row["left out"] = sum(bad, [])
-            left_out += len(row["left out"])
+        bad = [text for batch in batches for text in batch["bad"]]
+        if run.held_back is not None and done % args.val_every == 0:
+            val, bad_of_val = validate(model, run.held_back, device, autocast)
+            row["val"], bad = round(val, 5), bad + bad_of_val
+        signals, bad = zip(*gather((stop.number, bad)))
+        if new := sorted(set().union(*bad) - run.left_out):
+            row["left out"] = new
+            run.left_out.update(new)
         if rank == 0:
             if step == run.first:
                 report_idle_parts(run)
@@ -194,13 +204,13 @@ def train(run, args, device, stop):
             if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
                 save_checkpoint(run, done, args.keep)
                 run.log.draw()
-        if left_out > args.skip_bad:
-            raise SharedMistake(f"{left_out} records could not be read, more than --skip-bad {args.skip_bad}; "
-                                f"{run.out}/log.jsonl names them, the last is {row['left out'][-1]}")
+        if new and len(run.left_out) > args.skip_bad:
+            raise SharedMistake(f"{len(run.left_out)} records could not be read, more than --skip-bad {args.skip_bad}; "
+                                f"{run.out}/log.jsonl names them, the last is {new[-1]}")
         if any(signals) and done < run.steps:
             raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {done} of {run.steps} in "
                                         f"{run.out}; --resume auto goes on from there")
-    if rank == 0 and run.log.rows[-1]["step"] == run.steps:
+    if rank == 0 and max(run.first, end) == run.steps:
         report_idle_parts(run)
         finish(run)
         norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
@@ -237,6 +247,7 @@ def set_up(args, device):
         run.held_back = load_batches(held_back[0], share, args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
+    run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
     if rank == 0:
         describe_run(run, args, len(records), blank, world)
     return run
@@ -248,10 +259,12 @@ def make_run(args, config, recipe, out, start, samples, device):
     model = build(config, dtype, device)
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
+    frozen = model.checksums(all_bits=True)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = args.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
-    return Run(model, recipe, out, steps, dtype, trainable, optimizer_for(list(trainable.values()), recipe.decay))
+    optimizer = optimizer_for(list(trainable.values()), recipe.decay)
+    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer)
 
 
 def settings_of(run, args, start, digests):
@@ -263,7 +276,7 @@ def settings_of(run, args, start, digests):
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
             "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.model.checksums(),                                   # the frozen parts
+            "weights of": run.frozen,       # as loaded: another layout of the same file is the same
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 
@@ -276,17 +289,16 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 def open_data(args, path, config, recipe):
     """
     The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, and digests of them and of their image and mask files
+    characters, how many have no image, and digests of them, of their tokens and of their image and mask files
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
         digest = hashlib.sha256("\n".join(json.dumps(r, sort_keys=True) for r in records).encode()).hexdigest()[:16]
     else:
-        records = read_records(path)
-        digest = records.digest
+        records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    return records, lengths, blank, {"data": digest, "pictures": pictures}
+    lengths, blank, digests = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
+    return records, lengths, blank, {"data": digest, **digests}
 
 
 def built_in_records(family, stage, n, size):
@@ -344,7 +356,7 @@ def load_batches(records, batches, args, config, device):
 # ---------------------------------------------------------------------------------------------- command line
 
 def main():
-    with ending("train.py"), StopSignal() as stop:
+    with StopSignal() as stop, ending("train.py"):
         device = start_processes()[-1]
         args = together(lambda: parse_args(__doc__))
         train(set_up(args, device), args, device, stop)

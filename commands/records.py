@@ -15,6 +15,7 @@ import sys
 from functools import lru_cache
 from hashlib import sha256
 from types import SimpleNamespace
+from zlib import crc32
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,8 @@ from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
 
+SOME = 256                                  # records whose pictures a survey reads whole
+FEW = 10_000                                # records that one process looks at
 TOLERATED = "tolerated: "                   # begins the kinds that are counted, and are no problem
 tokenizer_of = lru_cache(load_tokenizer)    # loaded once a worker
 
@@ -144,13 +147,14 @@ def size_of(name, root, what):
 
 
 class Survey(Records):
-    """Of each record its characters and the sizes of its files, or its error. No pixels are read."""
+    """Of each record its characters, a checksum of its tokens and the sizes of its files, or its error; no pixels."""
 
     def __getitem__(self, i):
         row = super().__getitem__(i)
         if isinstance(row, ValueError):
             return row
-        return sum(len(turn["value"]) for turn in self.records[i]["conversations"]), row["sizes"]
+        characters = sum(len(turn["value"]) for turn in self.records[i]["conversations"])
+        return characters, crc32(str(row["ids"]).encode()), row["sizes"]
 
     def read_files(self, record):
         sizes = [(name, size_of(name, self.root, "image")) for name in image_names(record)]
@@ -161,27 +165,28 @@ class Survey(Records):
 def survey(records, root, tokenizer, config, workers, skip_bad=0):
     """
     Every record looked at before the first step, by `workers` processes: slots, tokens, files that are missing.
-    out: lengths in characters (n,) int32; how many have no image; a digest of their files: names, sizes, and the bytes
-         of some; the numbers of the bad ones. More than skip_bad of them are a ValueError.
+    out: lengths in characters (n,) int32; how many have no image; digests of their tokens, and of their files: names,
+         sizes, and the bytes of some. More than skip_bad bad ones are a ValueError.
     """
-    n, blank, digest, bad, first = len(records), 0, sha256(), [], []
+    n, blank, tokens, pictures, bad, first = len(records), 0, sha256(), sha256(), 0, []
     lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
-    for i, row in enumerate(read_ahead(Survey(records, root, tokenizer, config), workers if n > 10_000 else 0)):
+    for i, row in enumerate(read_ahead(Survey(records, root, tokenizer, config), workers if n > FEW else 0)):
         progress.show(i + 1)
         if isinstance(row, ValueError):
-            bad.append(i)
-            first += [str(row)[:200]] if len(bad) < 4 else []
+            bad += 1
+            first += [str(row)[:200]] if bad < 4 else []
             continue
-        lengths[i], sizes = row
+        lengths[i], checksum, sizes = row
         blank += not sizes
+        tokens.update(f"{i} {checksum}\n".encode())
         for name, size in sizes:
-            digest.update(f"{name} {size}\n".encode())
-            if size and i % (n // 16 + 1) == 0:
-                digest.update(pathlib.Path(root, name).read_bytes())
-    if len(bad) > skip_bad:
-        raise ValueError(f"{len(bad):,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
-                         f"--skip-bad {len(bad)} leaves them out")
-    return lengths, blank, digest.hexdigest()[:16], bad
+            pictures.update(f"{name} {size}\n".encode())
+            if size and i % (n // SOME + 1) == 0:
+                pictures.update(pathlib.Path(root, name).read_bytes())
+    if bad > skip_bad or bad == n:
+        raise ValueError(f"{bad:,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
+                         f"--skip-bad {bad} leaves them out")
+    return lengths, blank, {"tokens": tokens.hexdigest()[:16], "pictures": pictures.hexdigest()[:16]}
 
 
 def show(path, root, config, n):
@@ -232,5 +237,5 @@ def main():
     add("--chat", choices=CHATS, help="chat format (default: the model's)")
     add("--max-len", type=whole(1), help="check: tokens of prompt, images and answer (default: the model's)")
     add("--image-size", type=whole(STRIDES[-1], 8192), help="image side in pixels (default: the model's)")
-    with ending("data.py"), StopSignal():
+    with StopSignal(), ending("data.py"):
         run(parser.parse_args())

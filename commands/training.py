@@ -96,6 +96,9 @@ def resolve(args, recipes, world):
                          "set --micro")
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
     start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
+    source = pathlib.Path(start or "").resolve()
+    if start and args.overwrite and out.resolve() in (source, source.parent):
+        raise ValueError(f"--overwrite would remove {start}, which the run starts from; choose another --out")
     config = start_config(args, pathlib.Path(start)) if start else PRESETS[args.preset]
     model = given(args, "integration", "image_size", "fit", "chat", "max_len", "pooling", "mda_layers")
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
