@@ -180,9 +180,9 @@ def train(run, args, device, stop):
         model.train()
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
-        row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
+        row = dict(step=done, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
         if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, run.held_back, device, autocast), 5)
+            row["val"] = validate(model, run.held_back, device, autocast)
         signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
         if any(bad):
             row["left out"] = sum(bad, [])
