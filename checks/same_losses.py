@@ -29,7 +29,7 @@ WAYS = {                                    # legs, each (processes, samples at 
     "one, then two": [(1, 4), (2, 2)],
 }
 LIMITS = {"float64": (1e-10, 1e-10), "float32": (None, 1e-5)}                      # of losses, of weights
-SMALL = ("--scenes", 24, "--batch", 4, "--workers", 0)
+SMALL = ("--scenes", 24, "--batch", 4, "--lr", 1e-3, "--workers", 0)     # the rate of aquila-8b, see README
 STAGES = {1: (), 2: ("--lora-dropout", 0.1)}
 START = {"float32": "import train",
          "float64": "import torch, train; load = train.build; "
