@@ -188,11 +188,11 @@ def train(run, args, device, stop):
         model.train()
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
-        row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
+        row = dict(step=done, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
         bad = [text for batch in batches for text in batch["bad"]]
         if run.held_back is not None and done % args.val_every == 0:
             val, bad_of_val = validate(model, run.held_back, device, autocast)
-            row["val"], bad = round(val, 5), bad + bad_of_val
+            row["val"], bad = val, bad + bad_of_val
         signals, bad = zip(*gather((stop.number, bad)))
         if new := sorted(set().union(*bad) - run.left_out):
             row["left out"] = new
