@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aquila import LoRAConfig, build, config_to_dict, load_checkpoint, locate_weights, part_of, set_stage
+from commands.memory import describe_memory
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
@@ -51,6 +52,7 @@ class Recipe:
     warmup: float                           # share of the steps
     batch: int = 32                         # global: samples of one optimizer step
     micro: int = 8                          # samples a process takes at once
+    grad_checkpoint: bool = False           # the LM's layers are computed again in the backward pass: less memory
     epochs: float = 1.0
     scenes: int = 0                         # built-in train scenes when no --data is given; 0: 1,000
     lora: LoRAConfig | None = None
@@ -58,18 +60,20 @@ class Recipe:
 
 # What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
 # of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
-# LoRA on the LM).
+# LoRA on the LM). With micro and grad_checkpoint of the two large presets 80 GB hold samples of any length up to max_len
+# (python aquila.py --preset aquila-8b --memory).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
-    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
+    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, micro=4, grad_checkpoint=True),
+                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, micro=4, grad_checkpoint=True,
+                            lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
-    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
-                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
+    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
+                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
+                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03, grad_checkpoint=True,
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
                   2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5120),
@@ -89,10 +93,13 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def optimizer_for(params, decay):
-    """AdamW. ASSUMPTION: norms, biases and other vectors are not decayed."""
+    """
+    AdamW. ASSUMPTION: norms, biases and other vectors are not decayed. One tensor after the other: a GPU's default,
+    all at once, would need room for one more copy of what is trained.
+    """
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=decay),
               dict(params=[p for p in params if p.dim() <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, foreach=False)
 
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -232,24 +239,23 @@ def set_up(args, device):
     config, recipe, out, start = together(lambda: resolve(args, RECIPES[args.preset], world))
     held = together(lambda: lock(out / "run.lock") if rank == 0 else None)
     checkpoint = from_first(lambda: find_checkpoint(out, args.resume, args.overwrite))
-    records, lengths, blank, digests = from_first(lambda: open_data(args, args.data, config, recipe))
-    held_back = from_first(lambda: open_data(args, args.val, config, recipe)) if args.val else None
+    records, found = from_first(lambda: open_data(args, args.data, config, recipe))
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
-    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, digests))
+    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, found.digests))
     if checkpoint:
         from_first(lambda: check_checkpoint(checkpoint, run.settings, args.force_resume))
         run.first = together(lambda: load_state(run, checkpoint))
-    batches = Batches(lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
+    batches = Batches(found.lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
     run.loader = iter(load_batches(records, batches, args, config, device))
-    if held_back:
-        order = np.argsort(held_back[1], kind="stable").tolist()                   # those of one batch of like length
-        share = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)][rank::world]
-        run.held_back = load_batches(held_back[0], share, args, config, device)
+    if args.val:
+        held_back, lengths = from_first(lambda: open_held_back(args, config, recipe, world))
+        run.held_back = load_batches(held_back, share_out(lengths, recipe.micro, rank, world), args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
     run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
     if rank == 0:
-        describe_run(run, args, len(records), blank, world)
+        describe_run(run, args, len(records), found.blank, world)
+        describe_memory(run, args.stage, optimizer_for, found.longest, world, device)
     return run
 
 
@@ -261,7 +267,7 @@ def make_run(args, config, recipe, out, start, samples, device):
         load_checkpoint(model, start, new_parts_keep_start=True)
     frozen = model.checksums(all_bits=True)
     trainable = set_stage(model, args.stage)
-    model.llm.grad_checkpoint = args.grad_checkpoint
+    model.llm.grad_checkpoint = recipe.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
     optimizer = optimizer_for(list(trainable.values()), recipe.decay)
     return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer)
@@ -269,12 +275,13 @@ def make_run(args, config, recipe, out, start, samples, device):
 
 def settings_of(run, args, start, digests):
     """
-    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, processes and
-    paths decide nothing; epochs and scenes show in steps and data.
+    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, checkpoints of
+    activations, processes and paths decide nothing; epochs and scenes show in steps and data.
     """
     recipe, model = config_to_dict(run.recipe), config_to_dict(run.model.config)
+    free = "micro", "grad_checkpoint", "epochs", "scenes"
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
-            "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
+            "recipe": {name: recipe[name] for name in recipe if name not in free},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
             "weights of": run.frozen,       # as loaded: another layout of the same file is the same
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
@@ -288,8 +295,8 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 
 def open_data(args, path, config, recipe):
     """
-    The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, and digests of them, of their tokens and of their image and mask files
+    The records of a file, or built-in ones, and what a survey of them found: all are good in form and length, and their
+    files are there.
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
@@ -297,8 +304,23 @@ def open_data(args, path, config, recipe):
     else:
         records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, digests = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    return records, lengths, blank, {"data": digest, **digests}
+    found = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
+    found.digests["data"] = digest
+    return records, found
+
+
+def open_held_back(args, config, recipe, world):
+    records, found = open_data(args, args.val, config, recipe)
+    if len(records) < world:
+        raise ValueError(f"--val {args.val}: {len(records)} records for {world} processes; each needs one")
+    return records, found.lengths
+
+
+def share_out(lengths, micro, rank, world):
+    """The sample numbers of this process's batches: every process has as many, those of one are of like length."""
+    order = np.argsort(lengths, kind="stable")
+    rounds = math.ceil(len(order) / (micro * world))
+    return [part.tolist() for part in np.array_split(order, rounds * world)][rank::world]
 
 
 def built_in_records(family, stage, n, size):

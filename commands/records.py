@@ -12,6 +12,7 @@ import itertools
 import os
 import pathlib
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from types import SimpleNamespace
@@ -147,14 +148,14 @@ def size_of(name, root, what):
 
 
 class Survey(Records):
-    """Of each record its characters, a checksum of its tokens and the sizes of its files, or its error; no pixels."""
+    """Of each record its characters, its tokens, a checksum of them, the sizes of its files; or its error. No pixels."""
 
     def __getitem__(self, i):
         row = super().__getitem__(i)
         if isinstance(row, ValueError):
             return row
         characters = sum(len(turn["value"]) for turn in self.records[i]["conversations"])
-        return characters, crc32(str(row["ids"]).encode()), row["sizes"]
+        return characters, len(row["ids"]), crc32(str(row["ids"]).encode()), row["sizes"]
 
     def read_files(self, record):
         sizes = [(name, size_of(name, self.root, "image")) for name in image_names(record)]
@@ -162,13 +163,20 @@ class Survey(Records):
         return {"sizes": sizes + [(name, size_of(name, self.root, "mask")) for name in masks]}
 
 
+@dataclass
+class Surveyed:
+    lengths: np.ndarray                     # (n,) int32, characters of each record
+    blank: int                              # records without an image
+    longest: int                            # tokens of the longest one
+    digests: dict                           # of all tokens; of the files: their names, sizes, and the bytes of some
+
+
 def survey(records, root, tokenizer, config, workers, skip_bad=0):
     """
     Every record looked at before the first step, by `workers` processes: slots, tokens, files that are missing.
-    out: lengths in characters (n,) int32; how many have no image; digests of their tokens, and of their files: names,
-         sizes, and the bytes of some. More than skip_bad bad ones are a ValueError.
+    More than skip_bad bad ones are a ValueError.
     """
-    n, blank, tokens, pictures, bad, first = len(records), 0, sha256(), sha256(), 0, []
+    n, blank, longest, tokens, pictures, bad, first = len(records), 0, 0, sha256(), sha256(), 0, []
     lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
     for i, row in enumerate(read_ahead(Survey(records, root, tokenizer, config), workers if n > FEW else 0)):
         progress.show(i + 1)
@@ -176,7 +184,8 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
             bad += 1
             first += [str(row)[:200]] if bad < 4 else []
             continue
-        lengths[i], checksum, sizes = row
+        lengths[i], count, checksum, sizes = row
+        longest = max(longest, count)
         blank += not sizes
         tokens.update(f"{i} {checksum}\n".encode())
         for name, size in sizes:
@@ -186,7 +195,7 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
     if bad > skip_bad or bad == n:
         raise ValueError(f"{bad:,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
                          f"--skip-bad {bad} leaves them out")
-    return lengths, blank, {"tokens": tokens.hexdigest()[:16], "pictures": pictures.hexdigest()[:16]}
+    return Surveyed(lengths, blank, longest, {"tokens": tokens.hexdigest()[:16], "pictures": pictures.hexdigest()[:16]})
 
 
 def show(path, root, config, n):
