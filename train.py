@@ -35,9 +35,11 @@ from aquila import LoRAConfig, build, config_to_dict, load_checkpoint, locate_we
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
+from commands.sharding import shard, whole, whole_in_first
 from commands.training import describe_run, parse_args, resolve
 from data import Records, collate, read_records, to_device
-from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
+from files.run_folder import (Log, check_checkpoint, clear, find_checkpoint, finish, load_state, moments,
+                              save_checkpoint)
 from files.text import file_digest
 from tokenizer import IGNORE, load_tokenizer
 from toy.scenes import make_records
@@ -111,16 +113,16 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         # DDP exchanges gradients in the last backward only. The forward must run inside no_sync, too: it is there that
-        # the choice is made.
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if world == 1 or last else model.no_sync():
+        # the choice is made. (A model of slices has no place to keep a whole gradient, and exchanges it each time.)
+        wait = i < len(batches) - 1 and isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if wait else contextlib.nullcontext():
             with autocast:
                 loss, _, _ = model(batch)
-            (loss * world / max(learned, 1)).backward()                            # DDP averages: undo it with * world
+            (loss * world / max(learned, 1)).backward()                            # both average: undo it with * world
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
-    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
+    norm = whole(nn.utils.clip_grad_norm_(params, max_norm)).item()
     if not math.isfinite(total.item()) or not math.isfinite(norm):
         names = [name for part in gather([name for b in batches for name in b["names"]]) for name in part]
         raise SharedMistake(f"the loss is {total.item()}, the gradient's norm {norm}, over {learned:.0f} learned "
@@ -133,14 +135,15 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
 
 
 @torch.no_grad()
-def validate(model, batches, device, autocast):
-    """The loss a learned token of held-back records, over all processes."""
+def validate(model, batches, counted, device, autocast):
+    """The loss a learned token of held-back records, over all processes; each counts as many of its batches."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)                      # loss, learned tokens
-    for batch in batches:
+    for i, batch in enumerate(batches):
         with autocast:
             loss, _, learned = model(to_device(batch, device))
-        sums += torch.stack((loss, torch.full_like(loss, learned)))
+        if i < counted:
+            sums += torch.stack((loss, torch.full_like(loss, learned)))
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
@@ -155,12 +158,14 @@ class Run:
     out: pathlib.Path                       # its folder
     steps: int                              # of the whole schedule
     dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
+    frozen: dict                            # checksums of the weights that are in no checkpoint
     trainable: dict                         # {name: parameter} that this stage trains
     optimizer: torch.optim.Optimizer
     settings: dict = None                   # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
-    held_back: DataLoader = None            # of --val, this process's share
+    held_back: DataLoader = None            # of --val, this process's share, as many batches in each process
+    counted: int = 0                        # of these, the ones that no other process has
     log: Log = None                         # of the first process, as what follows
     lock: IO = None
 
@@ -168,11 +173,12 @@ class Run:
 def train(run, args, device, stop):
     (rank, world), model, recipe = rank_and_world(), run.model, run.recipe
     ids = [device.index] if device.type == "cuda" else None
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
+    ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
     params, turns, left_out = list(run.trainable.values()), recipe.batch // (recipe.micro * world), 0
+    end = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
-    for step in range(run.first, min(run.steps, args.stop_after or run.steps)):
+    for step in range(run.first, end):
         lr, done = learning_rate(step, run.steps, recipe.lr, recipe.warmup), step + 1
         batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)])
         for batch in batches:
@@ -182,37 +188,45 @@ def train(run, args, device, stop):
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
         if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, run.held_back, device, autocast), 5)
+            row["val"] = round(validate(model, run.held_back, run.counted, device, autocast), 5)
         signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
         if any(bad):
             row["left out"] = sum(bad, [])
             left_out += len(row["left out"])
+        if step == run.first:
+            report_idle_parts(run)
         if rank == 0:
-            if step == run.first:
-                report_idle_parts(run)
             run.log.write(row)
-            if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
-                save_checkpoint(run, done, args.keep)
-                run.log.draw()
+        if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
+            save(run, done, args.keep)
         if left_out > args.skip_bad:
             raise SharedMistake(f"{left_out} records could not be read, more than --skip-bad {args.skip_bad}; "
                                 f"{run.out}/log.jsonl names them, the last is {row['left out'][-1]}")
         if any(signals) and done < run.steps:
             raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {done} of {run.steps} in "
                                         f"{run.out}; --resume auto goes on from there")
-    if rank == 0 and run.log.rows[-1]["step"] == run.steps:
+    if max(run.first, end) == run.steps:
         report_idle_parts(run)
-        finish(run)
-        norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
-        print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
-        print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
+        norms = [f"layer {i} {whole(layer.sfi.wo.weight).norm():.2f}" for i, layer in model.mda.items()]
+        if rank == 0:
+            finish(run)
+            print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
+            print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
+
+
+def save(run, step, keep):
+    """A checkpoint, and the curve. The first process writes, all give their slices."""
+    weights, means = whole_in_first(run.model.own_parameters()), whole_in_first(moments(run))
+    if rank_and_world()[0] == 0:
+        save_checkpoint(run, step, keep, weights, means)
+        run.log.draw()
 
 
 def report_idle_parts(run):
     """Say which trained parts have never had a gradient: all of Adam's means of it are still zero."""
-    moved = {part_of(name) for name, p in run.trainable.items() if run.optimizer.state[p]["exp_avg"].any()}
+    moved = {part_of(name) for name, p in run.trainable.items() if whole(run.optimizer.state[p]["exp_avg"]).any()}
     idle = sorted({*map(part_of, run.trainable)} - moved)
-    if idle:
+    if idle and rank_and_world()[0] == 0:
         print(f"warning: no gradient has reached {', '.join(idle)}; do the records have images, or masks?", flush=True)
 
 
@@ -233,7 +247,10 @@ def set_up(args, device):
     run.loader = iter(load_batches(records, batches, args, config, device))
     if held_back:
         order = np.argsort(held_back[1], kind="stable").tolist()                   # those of one batch of like length
-        share = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)][rank::world]
+        parts = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)]
+        run.counted = len(parts[rank::world])
+        # As many in each process, for a model of slices runs in all of them or in none: some run the first ones again.
+        share = [parts[i % len(parts)] for i in range(rank, math.ceil(len(parts) / world) * world, world)]
         run.held_back = load_batches(held_back[0], share, args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
@@ -245,13 +262,17 @@ def set_up(args, device):
 def make_run(args, config, recipe, out, start, samples, device):
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(args.seed)
-    model = build(config, dtype, device)
+    model = build(config, dtype, "cpu" if args.shard else device)
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
+    frozen = model.checksums()
+    if args.shard:
+        shard(model, device, dtype)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = args.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
-    return Run(model, recipe, out, steps, dtype, trainable, optimizer_for(list(trainable.values()), recipe.decay))
+    optimizer = optimizer_for(list(trainable.values()), recipe.decay)
+    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer)
 
 
 def settings_of(run, args, start, digests):
@@ -263,8 +284,7 @@ def settings_of(run, args, start, digests):
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
             "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.model.checksums(),                                   # the frozen parts
-            "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
+            "weights of": run.frozen, "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -21,7 +21,8 @@ import time
 
 import torch
 
-from aquila import save_model
+from aquila import write_model
+from commands.sharding import copy_to
 from files.checked_json import Fields, read_fields
 from files.text import file_digest, one_line, parse_json, regular_file, unwritten, write_json, written_whole
 from files.weights import fill, open_tensors, write_tensors
@@ -84,16 +85,19 @@ def temporary_for(path):
 
 # ---------------------------------------------------------------------------------------------- save and load
 
-def save_checkpoint(run, step, keep):
-    """Write the checkpoint of a step, then remove all but the `keep` newest."""
+def save_checkpoint(run, step, keep, weights, means):
+    """
+    Write the checkpoint of a step, then remove all but the `keep` newest. weights, means: the model's own_parameters
+    and the moments of the run, whole.
+    """
     folder = run.out / f"step-{step:06d}"
-    for name, p in run.trainable.items():
-        if not p.isfinite().all():
+    for name in run.trainable:
+        if not weights[name].isfinite().all():
             raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
     temporary = temporary_for(folder)
     try:
-        save_model(run.model, temporary)
-        write_tensors(temporary / "optimizer.safetensors", moments(run))
+        write_model(temporary, run.model.config, weights, run.frozen)
+        write_tensors(temporary / "optimizer.safetensors", means)
         write_json(temporary / "run.json", {"step": step, "settings": run.settings})
         seal(temporary)
         temporary.rename(folder)
@@ -146,11 +150,14 @@ def flat(settings, prefix=""):
 def load_state(run, folder):
     """Put a run back where it was, -> the next step."""
     step = read_fields(folder / "run.json").take("step", int, 1, run.steps)
-    fill(run.model.own_parameters(), open_tensors(folder / "model.safetensors").items(), folder / "model.safetensors")
+    def load(tensors, path):
+        fill(tensors, open_tensors(path).items(), path, copy_to)
+
+    load(run.model.own_parameters(), folder / "model.safetensors")
     for p in run.trainable.values():
         run.optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-    fill(moments(run), open_tensors(folder / "optimizer.safetensors").items(), folder / "optimizer.safetensors")
+    load(moments(run), folder / "optimizer.safetensors")
     return step
 
 
