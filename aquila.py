@@ -228,8 +228,9 @@ class Aquila(nn.Module):
         loss = F.cross_entropy(at_least_float32(logits), target[learned], reduction="sum")
         if self.training:
             # DDP waits for a gradient of every trainable parameter; a batch without image or region gives some none.
-            idle = (p for name, p in self.named_parameters() if p.requires_grad and part_of(name) not in ("llm", "lora"))
-            loss = loss + 0.0 * sum(p.flatten()[0] for p in idle)
+            # The LM runs with any batch; of a cut one (--shard) there are only slices here.
+            loss = loss + 0.0 * sum(p.flatten()[0] for name, p in self.named_parameters()
+                                    if p.requires_grad and part_of(name) not in ("llm", "lora"))
         return loss, logits, len(logits)
 
     def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
@@ -343,6 +344,7 @@ def save_model(model, folder):
 
 
 def write_model(folder, config, tensors, checksums):
+    """The files of save_model, of a model's own_parameters and the checksums of the others."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors, {"frozen": json.dumps(checksums)})

@@ -35,11 +35,10 @@ from aquila import LoRAConfig, build, config_to_dict, load_checkpoint, locate_we
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
-from commands.sharding import shard, whole, whole_in_first
+from commands.sharding import joined, shard
 from commands.training import describe_run, parse_args, resolve
 from data import Records, collate, read_records, to_device
-from files.run_folder import (Log, check_checkpoint, clear, find_checkpoint, finish, load_state, moments,
-                              save_checkpoint)
+from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
 from files.text import file_digest
 from tokenizer import IGNORE, load_tokenizer
 from toy.scenes import make_records
@@ -122,7 +121,7 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
-    norm = whole(nn.utils.clip_grad_norm_(params, max_norm)).item()
+    norm = joined(nn.utils.clip_grad_norm_(params, max_norm)).item()
     if not math.isfinite(total.item()) or not math.isfinite(norm):
         names = [name for part in gather([name for b in batches for name in b["names"]]) for name in part]
         raise SharedMistake(f"the loss is {total.item()}, the gradient's norm {norm}, over {learned:.0f} learned "
@@ -136,7 +135,7 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
 
 @torch.no_grad()
 def validate(model, batches, counted, device, autocast):
-    """The loss a learned token of held-back records, over all processes; each counts as many of its batches."""
+    """The loss a learned token of held-back records, over all processes, of which each counts so many batches."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)                      # loss, learned tokens
     for i, batch in enumerate(batches):
@@ -164,8 +163,7 @@ class Run:
     settings: dict = None                   # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
-    held_back: DataLoader = None            # of --val, this process's share, as many batches in each process
-    counted: int = 0                        # of these, the ones that no other process has
+    held_back: tuple = None                 # of --val, the batches of this process, and how many of them it counts
     log: Log = None                         # of the first process, as what follows
     lock: IO = None
 
@@ -188,7 +186,7 @@ def train(run, args, device, stop):
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
         if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, run.held_back, run.counted, device, autocast), 5)
+            row["val"] = round(validate(model, *run.held_back, device, autocast), 5)
         signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
         if any(bad):
             row["left out"] = sum(bad, [])
@@ -198,7 +196,9 @@ def train(run, args, device, stop):
         if rank == 0:
             run.log.write(row)
         if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
-            save(run, done, args.keep)
+            save_checkpoint(run, done, args.keep)
+            if rank == 0:
+                run.log.draw()
         if left_out > args.skip_bad:
             raise SharedMistake(f"{left_out} records could not be read, more than --skip-bad {args.skip_bad}; "
                                 f"{run.out}/log.jsonl names them, the last is {row['left out'][-1]}")
@@ -207,24 +207,16 @@ def train(run, args, device, stop):
                                         f"{run.out}; --resume auto goes on from there")
     if max(run.first, end) == run.steps:
         report_idle_parts(run)
-        norms = [f"layer {i} {whole(layer.sfi.wo.weight).norm():.2f}" for i, layer in model.mda.items()]
+        norms = [f"layer {i} {joined(layer.sfi.wo.weight).norm():.2f}" for i, layer in model.mda.items()]
         if rank == 0:
             finish(run)
             print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
             print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 
-def save(run, step, keep):
-    """A checkpoint, and the curve. The first process writes, all give their slices."""
-    weights, means = whole_in_first(run.model.own_parameters()), whole_in_first(moments(run))
-    if rank_and_world()[0] == 0:
-        save_checkpoint(run, step, keep, weights, means)
-        run.log.draw()
-
-
 def report_idle_parts(run):
     """Say which trained parts have never had a gradient: all of Adam's means of it are still zero."""
-    moved = {part_of(name) for name, p in run.trainable.items() if whole(run.optimizer.state[p]["exp_avg"]).any()}
+    moved = {part_of(name) for name, p in run.trainable.items() if joined(run.optimizer.state[p]["exp_avg"]).any()}
     idle = sorted({*map(part_of, run.trainable)} - moved)
     if idle and rank_and_world()[0] == 0:
         print(f"warning: no gradient has reached {', '.join(idle)}; do the records have images, or masks?", flush=True)
@@ -248,10 +240,9 @@ def set_up(args, device):
     if held_back:
         order = np.argsort(held_back[1], kind="stable").tolist()                   # those of one batch of like length
         parts = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)]
-        run.counted = len(parts[rank::world])
-        # As many in each process, for a model of slices runs in all of them or in none: some run the first ones again.
+        # A model of slices runs in all processes or in none: those that have a batch less take one of the first again.
         share = [parts[i % len(parts)] for i in range(rank, math.ceil(len(parts) / world) * world, world)]
-        run.held_back = load_batches(held_back[0], share, args, config, device)
+        run.held_back = load_batches(held_back[0], share, args, config, device), len(parts[rank::world])
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
     if rank == 0:
@@ -284,7 +275,8 @@ def settings_of(run, args, start, digests):
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
             "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.frozen, "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
+            "weights of": run.frozen,
+            "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -22,7 +22,8 @@ import time
 import torch
 
 from aquila import write_model
-from commands.sharding import copy_to
+from commands.processes import rank_and_world
+from commands.sharding import copy_to, joined_in_first
 from files.checked_json import Fields, read_fields
 from files.text import file_digest, one_line, parse_json, regular_file, unwritten, write_json, written_whole
 from files.weights import fill, open_tensors, write_tensors
@@ -85,11 +86,11 @@ def temporary_for(path):
 
 # ---------------------------------------------------------------------------------------------- save and load
 
-def save_checkpoint(run, step, keep, weights, means):
-    """
-    Write the checkpoint of a step, then remove all but the `keep` newest. weights, means: the model's own_parameters
-    and the moments of the run, whole.
-    """
+def save_checkpoint(run, step, keep):
+    """Write the checkpoint of a step, then remove all but the `keep` newest. All processes call, the first writes."""
+    weights, means = joined_in_first(run.model.own_parameters()), joined_in_first(moments(run))
+    if rank_and_world()[0] > 0:
+        return
     folder = run.out / f"step-{step:06d}"
     for name in run.trainable:
         if not weights[name].isfinite().all():
@@ -150,6 +151,7 @@ def flat(settings, prefix=""):
 def load_state(run, folder):
     """Put a run back where it was, -> the next step."""
     step = read_fields(folder / "run.json").take("step", int, 1, run.steps)
+
     def load(tensors, path):
         fill(tensors, open_tensors(path).items(), path, copy_to)
 
