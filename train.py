@@ -36,6 +36,7 @@ from commands.memory import describe_memory
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
+from commands.sharding import joined, shard
 from commands.training import describe_run, parse_args, resolve
 from data import RecordFile, Records, collate, to_device
 from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
@@ -118,16 +119,16 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         # DDP exchanges gradients in the last backward only. The forward must run inside no_sync, too: it is there that
-        # the choice is made.
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if world == 1 or last else model.no_sync():
+        # the choice is made. (A model of slices has no place to keep a whole gradient, and exchanges it each time.)
+        wait = i < len(batches) - 1 and isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if wait else contextlib.nullcontext():
             with autocast:
                 loss, _, _ = model(batch)
-            (loss * world / max(learned, 1)).backward()                            # DDP averages: undo it with * world
+            (loss * world / max(learned, 1)).backward()                            # both average: undo it with * world
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
-    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
+    norm = joined(nn.utils.clip_grad_norm_(params, max_norm)).item()
     if not math.isfinite(total.item()) or not math.isfinite(norm):
         names = [name for part in gather([name for b in batches for name in b["names"]]) for name in part]
         raise SharedMistake(f"the loss is {total.item()}, the gradient's norm {norm}, over {learned:.0f} learned "
@@ -167,10 +168,10 @@ class Run:
     out: pathlib.Path                       # its folder
     steps: int                              # of the whole schedule
     dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
-    frozen: dict                            # {frozen part: checksum of all its bits}
+    frozen: dict                            # {frozen part: its checksum}, of what is in no checkpoint
     trainable: dict                         # {name: parameter} that this stage trains
     optimizer: torch.optim.Optimizer
-    settings: dict = None                   # what must be the same when the run is resumed
+    settings: dict                          # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
     held_back: DataLoader = None            # of --val, this process's share
@@ -182,54 +183,70 @@ class Run:
 def train(run, args, device, stop):
     (rank, world), model, recipe = rank_and_world(), run.model, run.recipe
     ids = [device.index] if device.type == "cuda" else None
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
+    ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
     params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
-    end = min(run.steps, args.stop_after or run.steps)
+    last = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
-    for step in range(run.first, end):
-        lr, done = learning_rate(step, run.steps, recipe.lr, recipe.warmup), step + 1
+    for step in range(run.first, last):
+        lr = learning_rate(step, run.steps, recipe.lr, recipe.warmup)
         batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)])
         for batch in batches:
             batch["draw"] = args.seed * 1_000_003 + step                           # LoRA's dropout draws from it
         model.train()
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
-        row = dict(step=done, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
+        row = dict(step=step + 1, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
         bad = [text for batch in batches for text in batch["bad"]]
-        if run.held_back is not None and done % args.val_every == 0:
-            val, bad_of_val = validate(model, run.held_back, device, autocast)
-            row["val"], bad = val, bad + bad_of_val
-        signals, bad = zip(*gather((stop.number, bad)))
-        if new := sorted(set().union(*bad) - run.left_out):
-            row["left out"] = new
-            run.left_out.update(new)
-        if rank == 0:
-            if step == run.first:
-                report_idle_parts(run)
-            run.log.write(row)
-            if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
-                save_checkpoint(run, done, args.keep)
-                run.log.draw()
-        if new and len(run.left_out) > args.skip_bad:
-            raise SharedMistake(f"{len(run.left_out)} records could not be read, more than --skip-bad {args.skip_bad}; "
-                                f"{run.out}/log.jsonl names them, the last is {new[-1]}")
-        if any(signals) and done < run.steps:
-            raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {done} of {run.steps} in "
-                                        f"{run.out}; --resume auto goes on from there")
-    if rank == 0 and max(run.first, end) == run.steps:
+        if run.held_back is not None and (step + 1) % args.val_every == 0:
+            row["val"], more = validate(model, run.held_back, device, autocast)
+            bad += more
+        end_step(run, args, row, bad, stop)
+    if max(run.first, last) == run.steps:
+        end_run(run)
+
+
+def end_step(run, args, row, bad, stop):
+    """
+    Write the log, and a checkpoint when it is time; end the run if a signal has come, or if more records could not be
+    read than --skip-bad allows. All processes call; row: of the log; bad: what this one could not read in the step.
+    """
+    rank, step = rank_and_world()[0], row["step"]
+    signals, bad = zip(*gather((stop.number, bad)))
+    new = sorted(set().union(*bad) - run.left_out)
+    if new:
+        row["left out"] = new
+        run.left_out.update(new)
+    if step == run.first + 1:
         report_idle_parts(run)
+    if rank == 0:
+        run.log.write(row)
+    if any(signals) or step % args.save_every == 0 or step in (run.steps, args.stop_after):
+        save_checkpoint(run, step, args.keep)
+        if rank == 0:
+            run.log.draw()
+    if new and len(run.left_out) > args.skip_bad:
+        raise SharedMistake(f"{len(run.left_out)} records could not be read, more than --skip-bad {args.skip_bad}; "
+                            f"{run.out}/log.jsonl names them, the last is {new[-1]}")
+    if any(signals) and step < run.steps:
+        raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {step} of {run.steps} in "
+                                    f"{run.out}; --resume auto goes on from there")
+
+
+def end_run(run):
+    report_idle_parts(run)
+    norms = [f"layer {i} {joined(layer.sfi.wo.weight).norm():.2f}" for i, layer in run.model.mda.items()]
+    if rank_and_world()[0] == 0:
         finish(run)
-        norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
         print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
         print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 
 def report_idle_parts(run):
     """Say which trained parts have never had a gradient: all of Adam's means of it are still zero."""
-    moved = {part_of(name) for name, p in run.trainable.items() if run.optimizer.state[p]["exp_avg"].any()}
+    moved = {part_of(name) for name, p in run.trainable.items() if joined(run.optimizer.state[p]["exp_avg"]).any()}
     idle = sorted({*map(part_of, run.trainable)} - moved)
-    if idle:
+    if idle and rank_and_world()[0] == 0:
         print(f"warning: no gradient has reached {', '.join(idle)}; do the records have images, or masks?", flush=True)
 
 
@@ -241,7 +258,8 @@ def set_up(args, device):
     checkpoint = from_first(lambda: find_checkpoint(out, args.resume, args.overwrite))
     records, found = from_first(lambda: open_data(args, args.data, config, recipe))
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
-    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, found.digests))
+    run.lock = held
+    run.settings |= from_first(lambda: settings_of(run, args, start, found.digests))
     if checkpoint:
         from_first(lambda: check_checkpoint(checkpoint, run.settings, args.force_resume))
         run.first = together(lambda: load_state(run, checkpoint))
@@ -262,15 +280,17 @@ def set_up(args, device):
 def make_run(args, config, recipe, out, start, samples, device):
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(args.seed)
-    model = build(config, dtype, device)
+    model = build(config, dtype, "cpu" if args.shard else device)
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
-    frozen = model.checksums(all_bits=True)
+    frozen, settings = model.checksums(), {"weights of": model.checksums(all_bits=True)}
+    if args.shard:
+        shard(model, device, dtype)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = recipe.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
     optimizer = optimizer_for(list(trainable.values()), recipe.decay)
-    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer)
+    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer, settings)
 
 
 def settings_of(run, args, start, digests):
@@ -283,7 +303,6 @@ def settings_of(run, args, start, digests):
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
             "recipe": {name: recipe[name] for name in recipe if name not in free},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.frozen,       # as loaded: another layout of the same file is the same
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 

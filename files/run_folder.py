@@ -22,7 +22,9 @@ import time
 
 import torch
 
-from aquila import save_model
+from aquila import write_model
+from commands.processes import rank_and_world
+from commands.sharding import copy_to, joined_in_first
 from files.checked_json import Fields, read_fields
 from files.text import file_digest, one_line, parse_json, regular_file, unwritten, write_json, written_whole
 from files.weights import fill, open_tensors, write_tensors
@@ -94,15 +96,18 @@ def temporary_for(path):
 # ---------------------------------------------------------------------------------------------- save and load
 
 def save_checkpoint(run, step, keep):
-    """Write the checkpoint of a step, then remove all but the `keep` newest."""
+    """Write the checkpoint of a step, then remove all but the `keep` newest. All processes call, the first writes."""
+    weights, means = joined_in_first(run.model.own_parameters()), joined_in_first(moments(run))
+    if rank_and_world()[0] > 0:
+        return
     folder = checkpoint_of(run, step)
-    for name, tensor in {**run.trainable, **moments(run)}.items():
+    for name, tensor in {**weights, **means}.items():
         if not tensor.isfinite().all():
             raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
     temporary = temporary_for(folder)
     try:
-        save_model(run.model, temporary)
-        write_tensors(temporary / "optimizer.safetensors", moments(run))
+        write_model(temporary, run.model.config, weights, run.frozen)
+        write_tensors(temporary / "optimizer.safetensors", means)
         write_json(temporary / "run.json", {"step": step, "settings": run.settings})
         seal(temporary)
         temporary.rename(folder)
@@ -170,11 +175,15 @@ def load_state(run, folder):
     step = read_fields(folder / "run.json").take("step", int, 1, run.steps)
     if STEP.fullmatch(folder.name) and int(folder.name[5:]) != step:
         raise ValueError(f"{folder} holds step {step}: it was renamed; give it the name step-{step:06d} again")
-    fill(run.model.own_parameters(), open_tensors(folder / "model.safetensors").items(), folder / "model.safetensors")
+
+    def load(tensors, path):
+        fill(tensors, open_tensors(path).items(), path, copy_to)
+
+    load(run.model.own_parameters(), folder / "model.safetensors")
     for p in run.trainable.values():
         run.optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-    fill(moments(run), open_tensors(folder / "optimizer.safetensors").items(), folder / "optimizer.safetensors")
+    load(moments(run), folder / "optimizer.safetensors")
     return step
 
 
