@@ -157,13 +157,17 @@ class Aquila(nn.Module):
         published = ("vision",) if self.config.full_llm else ("vision", "llm")
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
-    def checksums(self):
-        """{frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16."""
+    def checksums(self, all_bits=False):
+        """
+        {frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16.
+        all_bits: of every bit of them (some 10 s for 8 B), the same in this dtype alone.
+        """
         trained, sums = self.own_parameters(), {}
         for name, p in self.named_parameters():
             if name not in trained:
-                some = p.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-                sums[part_of(name)] = (sums.get(part_of(name), 0) + zlib.crc32(some)) % 2 ** 32
+                some = p.detach().flatten() if all_bits else p.detach().flatten()[:64].to(torch.bfloat16)
+                crc = zlib.crc32(some.cpu().view(torch.uint8).numpy())
+                sums[part_of(name)] = (sums.get(part_of(name), 0) + crc) % 2 ** 32
         return sums
 
     def encode_images(self, images):

@@ -26,7 +26,6 @@ import re
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -94,11 +93,10 @@ class RecordFile(Sequence):
 
 
 def read_records(path):
-    """The records of a file and a digest of them; ValueError with the line of the first one whose form is wrong."""
-    records, digest = RecordFile(path), sha256()
-    for i, record in enumerate(records):
-        digest.update(b"\n" * (i > 0) + json.dumps(record, sort_keys=True).encode())
-    records.digest = digest.hexdigest()[:16]
+    """The records of a file; ValueError with the line of the first one whose form is wrong."""
+    records = RecordFile(path)
+    for _ in records:                       # a record is checked when it is asked for
+        pass
     return records
 
 
@@ -298,7 +296,7 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
 
 # ---------------------------------------------------------------------------------------------- batches
 
-@lru_cache(maxsize=16)                      # many records in a row may be of one image
+@lru_cache(maxsize=4)                       # many records in a row may be of one image
 def fitted_image(name, root, size, fit):
     """-> an image at the model's size, and the (width, height) that its file has."""
     image = load_image(name, root)

@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -32,12 +32,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aquila import LoRAConfig, build, config_to_dict, load_checkpoint, locate_weights, part_of, set_stage
+from commands.memory import describe_memory
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
 from commands.sharding import joined, shard
 from commands.training import describe_run, parse_args, resolve
-from data import Records, collate, read_records, to_device
+from data import RecordFile, Records, collate, to_device
 from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
 from files.text import file_digest
 from tokenizer import IGNORE, load_tokenizer
@@ -52,6 +53,7 @@ class Recipe:
     warmup: float                           # share of the steps
     batch: int = 32                         # global: samples of one optimizer step
     micro: int = 8                          # samples a process takes at once
+    grad_checkpoint: bool = False           # the LM's layers are computed again in the backward pass: less memory
     epochs: float = 1.0
     scenes: int = 0                         # built-in train scenes when no --data is given; 0: 1,000
     lora: LoRAConfig | None = None
@@ -59,18 +61,20 @@ class Recipe:
 
 # What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
 # of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
-# LoRA on the LM).
+# LoRA on the LM). With micro and grad_checkpoint of the two large presets 80 GB hold samples of any length up to max_len
+# (python aquila.py --preset aquila-8b --memory).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
-    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
+    "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, micro=4, grad_checkpoint=True),
+                  2: Recipe(lr=4e-5, decay=0.10, warmup=0.03, micro=4, grad_checkpoint=True,
+                            lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
-    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06),
-                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03),
-                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03,
+    "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
+                       2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
+                       3: Recipe(lr=1e-5, decay=0.0, warmup=0.03, grad_checkpoint=True,
                                  lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     "tiny-plus": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
                   2: Recipe(lr=3e-3, decay=0.0, warmup=0.03, micro=16, scenes=5120),
@@ -90,10 +94,13 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def optimizer_for(params, decay):
-    """AdamW. ASSUMPTION: norms, biases and other vectors are not decayed."""
+    """
+    AdamW. ASSUMPTION: norms, biases and other vectors are not decayed. One tensor after the other: a GPU's default,
+    all at once, would need room for one more copy of what is trained.
+    """
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=decay),
               dict(params=[p for p in params if p.dim() <= 1], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, foreach=False)
 
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -134,18 +141,22 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
 
 
 @torch.no_grad()
-def validate(model, batches, counted, device, autocast):
-    """The loss a learned token of held-back records, over all processes, of which each counts so many batches."""
+def validate(model, batches, device, autocast):
+    """-> the loss a learned token of held-back records, over all processes, and what here could not be read of them."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)                      # loss, learned tokens
-    for i, batch in enumerate(batches):
+    sums, bad = torch.zeros(2, dtype=torch.float64, device=device), []             # loss, learned tokens
+    for batch in batches:
+        batch = to_device(batch, device)
         with autocast:
-            loss, _, learned = model(to_device(batch, device))
-        if i < counted:
-            sums += torch.stack((loss, torch.full_like(loss, learned)))
+            loss, _, learned = model(batch)
+        sums += torch.stack((loss, torch.full_like(loss, learned)))
+        bad += batch["bad"]
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    mean = (sums[0] / sums[1]).item()
+    if not math.isfinite(mean):
+        raise SharedMistake(f"the loss of the --val records is {mean}, over {sums[1]:.0f} learned tokens; lower --lr")
+    return mean, bad
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -157,13 +168,15 @@ class Run:
     out: pathlib.Path                       # its folder
     steps: int                              # of the whole schedule
     dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
-    frozen: dict                            # checksums of the weights that are in no checkpoint
+    frozen: dict                            # {frozen part: checksum of some of its numbers}, as checkpoints tell it
+    all_frozen: dict                        # the same of all its bits
     trainable: dict                         # {name: parameter} that this stage trains
     optimizer: torch.optim.Optimizer
     settings: dict = None                   # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
-    held_back: tuple = None                 # of --val, the batches of this process, and how many of them it counts
+    held_back: DataLoader = None            # of --val, this process's share
+    left_out: set = None                    # what was told of records that could not be read
     log: Log = None                         # of the first process, as what follows
     lock: IO = None
 
@@ -173,7 +186,7 @@ def train(run, args, device, stop):
     ids = [device.index] if device.type == "cuda" else None
     ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-    params, turns, left_out = list(run.trainable.values()), recipe.batch // (recipe.micro * world), 0
+    params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
     end = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
     for step in range(run.first, end):
@@ -184,13 +197,15 @@ def train(run, args, device, stop):
         model.train()
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
-        row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
-        if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, *run.held_back, device, autocast), 5)
-        signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
-        if any(bad):
-            row["left out"] = sum(bad, [])
-            left_out += len(row["left out"])
+        row = dict(step=done, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
+        bad = [text for batch in batches for text in batch["bad"]]
+        if run.held_back is not None and done % args.val_every == 0:
+            val, bad_of_val = validate(model, run.held_back, device, autocast)
+            row["val"], bad = val, bad + bad_of_val
+        signals, bad = zip(*gather((stop.number, bad)))
+        if new := sorted(set().union(*bad) - run.left_out):
+            row["left out"] = new
+            run.left_out.update(new)
         if step == run.first:
             report_idle_parts(run)
         if rank == 0:
@@ -199,9 +214,9 @@ def train(run, args, device, stop):
             save_checkpoint(run, done, args.keep)
             if rank == 0:
                 run.log.draw()
-        if left_out > args.skip_bad:
-            raise SharedMistake(f"{left_out} records could not be read, more than --skip-bad {args.skip_bad}; "
-                                f"{run.out}/log.jsonl names them, the last is {row['left out'][-1]}")
+        if new and len(run.left_out) > args.skip_bad:
+            raise SharedMistake(f"{len(run.left_out)} records could not be read, more than --skip-bad {args.skip_bad}; "
+                                f"{run.out}/log.jsonl names them, the last is {new[-1]}")
         if any(signals) and done < run.steps:
             raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {done} of {run.steps} in "
                                         f"{run.out}; --resume auto goes on from there")
@@ -228,25 +243,24 @@ def set_up(args, device):
     config, recipe, out, start = together(lambda: resolve(args, RECIPES[args.preset], world))
     held = together(lambda: lock(out / "run.lock") if rank == 0 else None)
     checkpoint = from_first(lambda: find_checkpoint(out, args.resume, args.overwrite))
-    records, lengths, blank, digests = from_first(lambda: open_data(args, args.data, config, recipe))
-    held_back = from_first(lambda: open_data(args, args.val, config, recipe)) if args.val else None
+    records, found = from_first(lambda: open_data(args, args.data, config, recipe))
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
-    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, digests))
+    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, found.digests))
     if checkpoint:
         from_first(lambda: check_checkpoint(checkpoint, run.settings, args.force_resume))
         run.first = together(lambda: load_state(run, checkpoint))
-    batches = Batches(lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
+    batches = Batches(found.lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
     run.loader = iter(load_batches(records, batches, args, config, device))
-    if held_back:
-        order = np.argsort(held_back[1], kind="stable").tolist()                   # those of one batch of like length
-        parts = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)]
-        # A model of slices runs in all processes or in none: those that have a batch less take one of the first again.
-        share = [parts[i % len(parts)] for i in range(rank, math.ceil(len(parts) / world) * world, world)]
-        run.held_back = load_batches(held_back[0], share, args, config, device), len(parts[rank::world])
+    if args.val:
+        held_back, lengths = from_first(lambda: open_held_back(args, config, recipe, world))
+        run.held_back = load_batches(held_back, share_out(lengths, recipe.micro, rank, world), args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
+    run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
     if rank == 0:
-        describe_run(run, args, len(records), blank, world)
+        describe_run(run, args, len(records), found.blank, world)
+        if not args.shard:
+            describe_memory(run, args.stage, optimizer_for, found.longest, world, device)
     return run
 
 
@@ -256,26 +270,27 @@ def make_run(args, config, recipe, out, start, samples, device):
     model = build(config, dtype, "cpu" if args.shard else device)
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
-    frozen = model.checksums()
+    frozen, all_frozen = model.checksums(), model.checksums(all_bits=True)
     if args.shard:
         shard(model, device, dtype)
     trainable = set_stage(model, args.stage)
-    model.llm.grad_checkpoint = args.grad_checkpoint
+    model.llm.grad_checkpoint = recipe.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
     optimizer = optimizer_for(list(trainable.values()), recipe.decay)
-    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer)
+    return Run(model, recipe, out, steps, dtype, frozen, all_frozen, trainable, optimizer)
 
 
 def settings_of(run, args, start, digests):
     """
-    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, processes and
-    paths decide nothing; epochs and scenes show in steps and data.
+    What decides the gradient of every step, and must be the same when a run is resumed. Micro-batches, checkpoints of
+    activations, processes and paths decide nothing; epochs and scenes show in steps and data.
     """
     recipe, model = config_to_dict(run.recipe), config_to_dict(run.model.config)
+    free = "micro", "grad_checkpoint", "epochs", "scenes"
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
-            "recipe": {name: recipe[name] for name in recipe if name not in ("micro", "epochs", "scenes")},
+            "recipe": {name: recipe[name] for name in recipe if name not in free},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.frozen,
+            "weights of": run.all_frozen,   # as loaded: another layout of the same file is the same
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 
@@ -287,18 +302,32 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 
 def open_data(args, path, config, recipe):
     """
-    The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, and digests of them and of their image and mask files
+    The records of a file, or built-in ones, and what a survey of them found: all are good in form and length, and their
+    files are there.
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
         digest = hashlib.sha256("\n".join(json.dumps(r, sort_keys=True) for r in records).encode()).hexdigest()[:16]
     else:
-        records = read_records(path)
-        digest = records.digest
+        records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    return records, lengths, blank, {"data": digest, "pictures": pictures}
+    found = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
+    found.digests["data"] = digest
+    return records, found
+
+
+def open_held_back(args, config, recipe, world):
+    records, found = open_data(args, args.val, config, recipe)
+    if len(records) < world:
+        raise ValueError(f"--val {args.val}: {len(records)} records for {world} processes; each needs one")
+    return records, found.lengths
+
+
+def share_out(lengths, micro, rank, world):
+    """The sample numbers of this process's batches: every process has as many, those of one are of like length."""
+    order = np.argsort(lengths, kind="stable")
+    rounds = math.ceil(len(order) / (micro * world))
+    return [part.tolist() for part in np.array_split(order, rounds * world)][rank::world]
 
 
 def built_in_records(family, stage, n, size):
@@ -336,8 +365,8 @@ class Batches:
                 if i // n != epoch:
                     epoch = i // n
                     generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
-                    order = torch.randperm(n, generator=generator).tolist()
-                picked.append(order[i % n])
+                    order = torch.randperm(n, generator=generator)
+                picked.append(int(order[i % n]))
             picked.sort(key=lambda i: self.lengths[i])
             for turn, begin in enumerate(range(0, self.batch, self.micro * self.world)):
                 # Every second time in reverse order, so that no process always gets the longest.
@@ -356,7 +385,7 @@ def load_batches(records, batches, args, config, device):
 # ---------------------------------------------------------------------------------------------- command line
 
 def main():
-    with ending("train.py"), StopSignal() as stop:
+    with StopSignal() as stop, ending("train.py"):
         device = start_processes()[-1]
         args = together(lambda: parse_args(__doc__))
         train(set_up(args, device), args, device, stop)

@@ -1,12 +1,16 @@
 """
-What a stage of training needs of a device's memory, before there is a device: the model's own forward, backward and
+What a stage of training needs of a device's memory, found without that memory: the model's own forward, backward and
 optimizer step run on tensors that have a size and no numbers, and the storages that are alive are counted.
 
     python aquila.py --preset aquila-8b --memory
-    python aquila.py --preset aquila-8b --memory --micro 4 --tokens 1400 --processes 4 --no-grad-checkpoint
+    python aquila.py --preset aquila-8b --memory --micro 2 --tokens 1152 --no-grad-checkpoint
 
-Not counted: what a kernel takes for itself while it runs, gaps between blocks, a GPU's driver (0.5 to 1 GB).
+Counted as a CPU does it, in PyTorch's storages. Not counted: what a kernel takes for itself while it runs, gaps between
+blocks, a GPU's driver and libraries (0.5 to 1 GB), more than one image or region a record. Counted twice: gradients that
+torch adds in place to one of the two. `python -m checks.memory` compares with measured peaks.
 """
+import math
+import os
 import weakref
 
 import torch
@@ -16,121 +20,151 @@ from aquila import LM, VisionEncoder, assemble, set_stage
 from data import collate
 from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
+SMALL = 100_000_000                         # parameters of a model that is not predicted when a run starts
+
 
 class Ledger:
     """The bytes of all storages that are alive, and the most there ever were."""
 
     def __init__(self):
-        self.alive, self.now, self.peak = set(), 0, 0
+        self.alive, self.now, self.peak, self.noted = set(), 0, 0, 0
 
-    def add(self, storage):
-        if id(storage) not in self.alive:
-            self.alive.add(id(storage))
-            self.now += storage.nbytes()
+    def add(self, storage):                 # torch keeps one Python object a storage, as long as any tensor has it
+        key, size = id(storage), storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.remove, id(storage), storage.nbytes())
+            weakref.finalize(storage, self.remove, key, size)
 
     def remove(self, key, size):
         self.alive.remove(key)
         self.now -= size
 
+    def grown(self):
+        """Bytes more than when this was last asked."""
+        before, self.noted = self.noted, self.now
+        return self.now - before
+
 
 class SizedTensor(torch.Tensor):
     """
     A tensor without numbers. It says that it is on the CPU, so that autocast and attention choose as they do there; the
-    work goes to its twin on the meta device. Token ids and what follows from them stay real tensors.
+    work goes to its twin on the meta device, whose storage is counted. Token ids, and what is computed from them alone,
+    stay real tensors: they decide sizes.
     """
     __torch_function__ = torch._C._disabled_torch_function_impl
+    ledger = None                           # of the prediction that runs
 
     @staticmethod
-    def __new__(cls, meta, ledger):
+    def __new__(cls, meta):
         x = torch.Tensor._make_wrapper_subclass(cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device="cpu",
                                                 storage_offset=meta.storage_offset())
-        x.meta, x.ledger = meta, ledger
-        ledger.add(meta.untyped_storage())
+        x.meta = meta
+        cls.ledger.add(meta.untyped_storage())
         return x
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """Each operation that has a SizedTensor among its arguments."""
         if function is torch.ops.aten.index.Tensor:            # how many places a mask picks, its numbers say
             args = args[0], [place for index in args[1] for place in places(index)]
-        ledgers = []
+        kwargs = {key: "meta" if key == "device" else twin(value) for key, value in (kwargs or {}).items()}
+        return sized(function(*map(twin, args), **kwargs))
 
-        def twin(x):
-            if isinstance(x, list | tuple):
-                return type(x)(map(twin, x))
-            if isinstance(x, SizedTensor):
-                ledgers.append(x.ledger)
-                return x.meta
-            return x.to("meta") if isinstance(x, torch.Tensor) else x
 
-        def sized(x):
-            if isinstance(x, list | tuple):
-                return type(x)(map(sized, x))
-            return cls(x, ledgers[0]) if isinstance(x, torch.Tensor) else x
+def twin(x):
+    """Tensors, alone or in lists -> on the meta device."""
+    if isinstance(x, list | tuple):
+        return type(x)(map(twin, x))
+    return x.meta if isinstance(x, SizedTensor) else x.to("meta") if isinstance(x, torch.Tensor) else x
 
-        kwargs = {key: "meta" if key == "device" else twin(x) for key, x in (kwargs or {}).items()}
-        return sized(function(*twin(args), **kwargs))
+
+def sized(x):
+    """Tensors on the meta device, alone or in lists -> SizedTensors."""
+    if isinstance(x, list | tuple):
+        return type(x)(map(sized, x))
+    return SizedTensor(x) if isinstance(x, torch.Tensor) else x
 
 
 def places(index):
     return index.nonzero(as_tuple=True) if index is not None and index.dtype == torch.bool else [index]
 
 
-def sized_model(config, dtype, ledger):
+def sized_model(config, dtype):
     """The model as aquila.build makes it, without numbers."""
     with torch.device("meta"):
         model = assemble(config, VisionEncoder(config.vision).to(dtype),
                          LM(config.llm).to(torch.float32 if config.full_llm else dtype))
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(SizedTensor(p.detach(), ledger)))
+            module.register_parameter(name, nn.Parameter(SizedTensor(p.detach())))
     return model
 
 
-def sized_batch(config, micro, tokens, ledger):
-    """Records of one image each, all of the same length; all that follows the image is learned."""
+def sized_batch(config, micro, tokens):
+    """Records of one image each, and one region; all of the same length, all that follows the image is learned."""
     slots = [IMAGE_SLOT] * config.tokens_per_image + [MASK_SLOT, POSITION_SLOT] * bool(config.region_dim)
-    ids, labels = slots + [0] * (tokens - len(slots)), [IGNORE] * len(slots) + [0] * (tokens - len(slots))
-    shape = 3, config.image_size, config.image_size
-    masks = dict(masks=[torch.ones(shape[1:])], mentions=[0]) if config.region_dim else {}
-    return collate([dict(id="", ids=ids, labels=labels, **masks,
-                         images=[SizedTensor(torch.empty(shape, device="meta"), ledger)]) for _ in range(micro)])
+    text = [0] * max(tokens - len(slots), 2)
+    shape = config.image_size, config.image_size
+    masks = dict(masks=[torch.ones(shape)], mentions=[0]) if config.region_dim else {}
+    row = dict(id="", ids=slots + text, labels=[IGNORE] * len(slots) + text,
+               images=[torch.empty(3, *shape, device="meta")], **masks)
+    return {name: SizedTensor(x.to("meta")) if torch.is_tensor(x) and x.is_floating_point() else x
+            for name, x in collate([row] * micro).items()} | {"draw": 0}
 
 
-def predict(config, stage, make_optimizer, micro, tokens, dtype, processes=1, grad_checkpoint=False):
+def predict(config, stage, recipe, make_optimizer, tokens, dtype, processes=1):
     """
-    {what: bytes} of a step of a stage in one process, with the peak as the last. Gradients are there from the start, as
-    in every micro-batch of a step but the first. make_optimizer: of a list of parameters.
+    {what: bytes} of a step of a stage in one of the processes, the peak last. A step is many micro-batches: gradients
+    are there from the start, and the images of all.
+    make_optimizer(parameters, weight decay); recipe: batch, micro, decay, grad_checkpoint.
     """
-    ledger = Ledger()
-    model = sized_model(config, dtype, ledger)
-    trained = set_stage(model, stage).values()
-    size = lambda tensors: sum(p.numel() * p.element_size() for p in tensors)
-    found = {"frozen weights": size(set(model.parameters()) - set(trained)), "trained weights": size(trained)}
-    model.llm.grad_checkpoint = grad_checkpoint
-
-    def grown(what, before):
-        found[what] = ledger.now - before
-
-    before = ledger.now
+    ledger = SizedTensor.ledger = Ledger()
+    model = sized_model(config, dtype)
+    trained = list(set_stage(model, stage).values())
+    own = sum(p.numel() * p.element_size() for p in trained)
+    found = {"frozen weights": ledger.grown() - own, "trained weights": own}
     for p in trained:
         p.grad = torch.zeros_like(p)
-    grown("gradients", before)
-    before = ledger.now
-    optimizer = make_optimizer(list(trained))
+    found["gradients"] = ledger.grown()
+    optimizer = make_optimizer(trained, recipe.decay)
     optimizer.step()
-    grown("optimizer", before)
-    found["buckets of DDP"] = found["gradients"] if processes > 1 else 0
-    before = ledger.now
-    batch = sized_batch(config, micro, tokens, ledger)
+    found["optimizer"] = ledger.grown()
+    found["DDP's buckets"] = found["gradients"] if processes > 1 else 0
     ledger.peak = ledger.now
+    turns = math.ceil(recipe.batch / (recipe.micro * processes))
+    batches = [sized_batch(config, recipe.micro, tokens) for _ in range(turns)]
     model.train()
     model.vision.eval()
+    model.llm.grad_checkpoint = recipe.grad_checkpoint
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        loss, _, _ = model(batch)
-    grown("activations", before)
+        loss, _, _ = model(batches[0])
+    found["activations"] = ledger.grown()
     loss.backward()
     optimizer.step()
-    peak = ledger.peak + found["buckets of DDP"]
-    return found | {"largest passing": peak - sum(found.values()), "peak": peak}
+    peak = ledger.peak + found["DDP's buckets"]
+    return found | {"in passing": peak - sum(found.values()), "peak": peak}
+
+
+def describe_memory(run, stage, make_optimizer, tokens, processes, device):
+    """
+    Print what a step of train.Run needs if all samples have this many tokens, and a warning if the device has less.
+    Nothing for a small model, which fits anywhere: the prediction takes seconds.
+    """
+    if sum(p.numel() for p in run.model.parameters()) < SMALL:
+        return
+    peak = predict(run.model.config, stage, run.recipe, make_optimizer, tokens, run.dtype, processes)["peak"]
+    print(f"predicted peak of memory {peak / 1e9:.1f} GB a process, samples as long as the longest, {tokens:,} tokens",
+          flush=True)
+    there = device_memory(device)
+    if peak > there:
+        print(f"warning: the device has {there / 1e9:.1f} GB, less than the predicted peak; --grad-checkpoint or a "
+              "smaller --micro needs less", flush=True)
+
+
+def device_memory(device):
+    """Bytes that the device has for a process, free or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,9 +1,11 @@
 """
-What flows where in a preset, and the LM of a trained stage for other programs.
+What flows where in a preset, what memory its training needs, and the LM of a trained stage for other programs.
 
     python aquila.py --preset aquila-8b
+    python aquila.py --preset aquila-8b --memory [--micro 8 --tokens 1152 --no-grad-checkpoint]
     python aquila.py --model runs/tiny/stage2 --export DIR, or --llm LLAMA --adapter PEFT --export DIR
 """
+import argparse
 import dataclasses
 import pathlib
 import shutil
@@ -12,10 +14,12 @@ import torch
 
 from aquila import (PRESETS, TRAINS, assemble, build, count_parameters, load_config, load_checkpoint,
                     locate_weights, parts_of_stage)
-from commands.arguments import Parser
+from commands.arguments import Parser, whole
+from commands.memory import predict
+from commands.training import given
 from convnext import STRIDES
 from llama import load_llama, load_lora, lora_layers, merge_lora, save_llama, save_lora
-from train import RECIPES
+from train import RECIPES, optimizer_for
 
 
 def describe(config):
@@ -38,6 +42,24 @@ def describe(config):
     return "\n".join(lines)
 
 
+def memory_table(args):
+    """What each stage of a preset needs in one process, as text."""
+    config, dtype = PRESETS[args.preset], getattr(torch, args.dtype)
+    tokens, image = args.tokens or config.max_len, config.tokens_per_image
+    if tokens <= image + 2:
+        raise ValueError(f"--tokens {tokens}: {image} of them are the image's; expected more than {image + 2}")
+    lines = [f"{args.preset}, {args.dtype}, {args.processes} process(es), samples of {tokens:,} tokens, {image:,} of them "
+             "the image's. GB of 10^9 bytes in each process:"]
+    for stage, recipe in RECIPES[args.preset].items():
+        recipe = dataclasses.replace(recipe, **given(args, "micro", "grad_checkpoint"))
+        config = dataclasses.replace(config, lora=recipe.lora)
+        found = predict(config, stage, recipe, optimizer_for, tokens, dtype, args.processes)
+        row = {"stage": stage, "micro": recipe.micro, "checkpoint": "yes" if recipe.grad_checkpoint else "no"}
+        row |= {what: f"{n / 1e9:.1f}" for what, n in found.items()}
+        lines += ["  ".join(row)] * (stage == 1) + ["  ".join(f"{value:>{len(what)}}" for what, value in row.items())]
+    return "\n".join(lines)
+
+
 def export(llm, source, out):
     """out/adapter: the LoRA as PEFT's files; out/llm: the LM with it merged, with the tokenizer files of source."""
     if lora_layers(llm):
@@ -49,7 +71,9 @@ def export(llm, source, out):
 
 
 def run(args):
-    if not args.export:
+    if args.memory:
+        print(memory_table(args))
+    elif not args.export:
         last = list(RECIPES[args.preset].values())[-1]
         print(describe(dataclasses.replace(PRESETS[args.preset], lora=last.lora)))
     elif args.model:
@@ -73,4 +97,12 @@ def main():
     add("--model", help="--export: folder that train.py wrote")
     add("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
     add("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
+    add = parser.add_argument_group("memory").add_argument
+    add("--memory", action="store_true", help="predict what a process needs in each stage of --preset")
+    add("--micro", type=whole(1), help="samples at once (default: the recipe's)")
+    add("--tokens", type=whole(1), help="length of all samples, image included (default: the longest, max_len)")
+    add("--processes", type=whole(1), default=4, help="that train together (default 4)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of frozen weights and of autocast (default "
+        "bfloat16)")
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, help="(default: the recipe's)")
     parser.run(run)

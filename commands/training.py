@@ -41,8 +41,6 @@ def parse_args(description):
     add("--workers", type=whole(0, 1000), default=min(4, os.cpu_count() // 4),
         help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
     add("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and of autocast (default: bfloat16 on GPU)")
-    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute LM layers in the backward pass: less memory, more time")
     add("--shard", action="store_true", help="cut weights, gradients and optimizer over the processes (fully_shard, "
         "torch 2.8): for a GPU that cannot hold the LM, or cannot train it with --full-llm; the same run otherwise")
     add = p.add_argument_group("the run").add_argument
@@ -75,6 +73,8 @@ def add_recipe_flags(add):
     add("--epochs", type=real(1e-6, 1000), help="passes over the data")
     add("--batch", type=whole(1), help="global batch: samples of one optimizer step")
     add("--micro", type=whole(1), help="samples a process takes at once; batch / (micro x processes) accumulate")
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction,
+        help="compute LM layers again in the backward pass: less memory, more time")
     add("--lora-rank", type=whole(1, 4096), help="last stage")
     add("--lora-alpha", type=real(1e-6, 10_000), help="last stage")
     add("--lora-dropout", type=real(0, 0.99), help="last stage")
@@ -103,6 +103,9 @@ def resolve(args, recipes, world):
                          f"2.8 or newer; here are {world} process(es) and torch {torch.__version__}; leave it out")
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
     start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
+    source = pathlib.Path(start or "").resolve()
+    if start and args.overwrite and out.resolve() in (source, source.parent):
+        raise ValueError(f"--overwrite would remove {start}, which the run starts from; choose another --out")
     config = start_config(args, pathlib.Path(start)) if start else PRESETS[args.preset]
     model = given(args, "integration", "image_size", "fit", "chat", "max_len", "pooling", "mda_layers")
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
@@ -134,7 +137,7 @@ def resolve_recipe(args, recipe):
     if args.full_llm and (lora or "llm" not in TRAINS[PRESETS[args.preset].family][args.stage]):
         raise ValueError("--full-llm trains the LM's own weights in stage 3 of an aquila-plus preset; "
                          "leave it out, or --lora-...")
-    changes = given(args, "lr", "decay", "warmup", "epochs", "batch", "micro", "scenes")
+    changes = given(args, "lr", "decay", "warmup", "epochs", "batch", "micro", "grad_checkpoint", "scenes")
     if args.full_llm:
         changes["lora"] = None
     elif lora:
@@ -151,6 +154,7 @@ def describe_run(run, args, samples, blank, world):
     print(f"{samples:,} samples" + (f" ({blank:,} of them without an image)" if blank else "") +
           f", {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
           f"x {recipe.batch // (recipe.micro * world)} accumulated" +
+          (", LM layers computed again in the backward pass" if recipe.grad_checkpoint else "") +
           (", the model cut over the processes" if args.shard else ""))
     print(f"AdamW lr {recipe.lr:g}, betas {run.optimizer.defaults['betas']}, weight decay {recipe.decay:g}, warm-up "
           f"{recipe.warmup:g}, cosine, seed {args.seed}" +

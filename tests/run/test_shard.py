@@ -49,14 +49,13 @@ def runs(tmp_path_factory):
         [record] = make_records("train", 1, task, size=128)[:1]
         records = [record, *({"id": str(i), "conversations": SAY} for i in range(3))]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (out / "val.jsonl").write_text(json.dumps(record))                             # one batch, of the first process
 
     def flags(name, preset, stage, *more, steps=2):
         return ["--out", out / name, "--preset", preset, "--stage", stage, "--data", out / f"{preset}.jsonl", "--steps",
                 steps, "--batch", 4, "--micro", 1, "--workers", 0, "--image-size", 64, *more]
 
     second = "tiny", 2, "--init-from", out / "1", "--lora-dropout", 0.5
-    third = "tiny-plus", 3, "--init-from", out / "plus", "--full-llm", "--val", out / "val.jsonl", "--val-every", 1
+    third = "tiny-plus", 3, "--init-from", out / "plus", "--full-llm", "--val", out / "tiny-plus.jsonl", "--val-every", 1
     lines = [flags("1", "tiny", 1), flags("1 cut", "tiny", 1, "--shard"),
              flags("2", *second), flags("2 cut", *second, "--shard", "--grad-checkpoint"),
              flags("plus", "tiny-plus", 1, steps=1),
