@@ -55,13 +55,14 @@ def runs(tmp_path_factory):
                 steps, "--batch", 4, "--micro", 1, "--workers", 0, "--image-size", 64, *more]
 
     second = "tiny", 2, "--init-from", out / "1", "--lora-dropout", 0.5
-    third = "tiny-plus", 3, "--init-from", out / "plus", "--full-llm", "--val", out / "tiny-plus.jsonl", "--val-every", 1
+    third = "tiny-plus", 3, "--init-from", out / "plus", "--full-llm", "--val", out / "val.jsonl", "--val-every", 1
     lines = [flags("1", "tiny", 1), flags("1 cut", "tiny", 1, "--shard"),
              flags("2", *second), flags("2 cut", *second, "--shard", "--grad-checkpoint"),
              flags("plus", "tiny-plus", 1, steps=1),
              flags("3", *third, steps=3), flags("3 cut", *third, "--shard", steps=3)]
     in_turn = ("--stop-after", 1), ("--stop-after", 2, "--resume", "auto", "--shard"), ("--resume", "auto")
     lines += [flags("3 in turn", *third, *more, steps=3) for more in in_turn]
+    (out / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:3]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             __file__, json.dumps(lines, default=str)]
