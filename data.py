@@ -353,13 +353,13 @@ def collate(rows, skip_bad=False):
     """
     Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, numbers (B,) in
     the data set, and what collate_images makes. If a row is an error, the error; with skip_bad it becomes a row with
-    nothing to learn, and its text goes to bad.
+    nothing to learn, and its text goes to bad. Of no samples it makes such a row, too.
     """
     bad = [row for row in rows if isinstance(row, ValueError)]
     if bad and not skip_bad:
         return bad[0]
     nothing = {"id": "(left out)", "ids": [0], "labels": [IGNORE]}
-    rows = [nothing if isinstance(row, ValueError) else row for row in rows]
+    rows = [nothing if isinstance(row, ValueError) else row for row in rows] or [nothing]
     lengths = torch.tensor([len(row["ids"]) for row in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)

@@ -181,7 +181,7 @@ class Run:
 
 
 def train(run, args, device, stop):
-    (rank, world), model, recipe = rank_and_world(), run.model, run.recipe
+    world, model, recipe = rank_and_world()[1], run.model, run.recipe
     ids = [device.index] if device.type == "cuda" else None
     ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
@@ -266,8 +266,8 @@ def set_up(args, device):
     batches = Batches(found.lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
     run.loader = iter(load_batches(records, batches, args, config, device))
     if args.val:
-        held_back, lengths = from_first(lambda: open_held_back(args, config, recipe, world))
-        run.held_back = load_batches(held_back, share_out(lengths, recipe.micro, rank, world), args, config, device)
+        held_back, told = from_first(lambda: open_data(args, args.val, config, recipe))
+        run.held_back = load_batches(held_back, share_out(told.lengths, recipe.micro, rank, world), args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
     run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
@@ -328,15 +328,11 @@ def open_data(args, path, config, recipe):
     return records, found
 
 
-def open_held_back(args, config, recipe, world):
-    records, found = open_data(args, args.val, config, recipe)
-    if len(records) < world:
-        raise ValueError(f"--val {args.val}: {len(records)} records for {world} processes; each needs one")
-    return records, found.lengths
-
-
 def share_out(lengths, micro, rank, world):
-    """The sample numbers of this process's batches: every process has as many, those of one are of like length."""
+    """
+    The sample numbers of this process's batches. Every process has as many (with few samples one may be empty), as
+    --shard needs; the samples of a batch are of like length.
+    """
     order = np.argsort(lengths, kind="stable")
     rounds = math.ceil(len(order) / (micro * world))
     return [part.tolist() for part in np.array_split(order, rounds * world)][rank::world]

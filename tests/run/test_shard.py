@@ -49,7 +49,6 @@ def runs(tmp_path_factory):
         [record] = make_records("train", 1, task, size=128)[:1]
         records = [record, *({"id": str(i), "conversations": SAY} for i in range(3))]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (out / "val.jsonl").write_text(json.dumps(record))                             # one batch, of the first process
 
     def flags(name, preset, stage, *more, steps=2):
         return ["--out", out / name, "--preset", preset, "--stage", stage, "--data", out / f"{preset}.jsonl", "--steps",
@@ -63,6 +62,7 @@ def runs(tmp_path_factory):
              flags("3", *third, steps=3), flags("3 cut", *third, "--shard", steps=3)]
     in_turn = ("--stop-after", 1), ("--stop-after", 2, "--resume", "auto", "--shard"), ("--resume", "auto")
     lines += [flags("3 in turn", *third, *more, steps=3) for more in in_turn]
+    (out / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:3]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             __file__, json.dumps(lines, default=str)]
