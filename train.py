@@ -182,7 +182,7 @@ def train(run, args, device, stop):
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         row = dict(step=done, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
         if run.held_back and done % args.val_every == 0:
-            row["val"] = validate(model, run.held_back, device, autocast)
+            row["val"] = round(validate(model, run.held_back, device, autocast), 5)
         signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
         if any(bad):
             row["left out"] = sum(bad, [])
