@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 from safetensors.torch import load_file
 
+import train
 from commands.arguments import Parser, whole
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,19 +33,23 @@ WAYS = {                                    # legs, each (processes, samples at 
 LIMITS = {"float64": (1e-10, 1e-10), "float32": (None, 1e-5)}                      # of losses, of weights
 SMALL = ("--scenes", 24, "--batch", 4, "--lr", 1e-3, "--workers", 0)     # the rate of aquila-8b, see README
 STAGES = {1: (), 2: ("--lora-dropout", 0.1)}
-START = {"float32": "import train",
-         "float64": "import torch, train; load = train.build; "
-                    "train.build = lambda config, dtype, device: load(config, torch.float64, device).double()"}
+
+
+def in_float64():
+    """From now on train.py's models are in float64, trained parts too."""
+    build = train.build
+    train.build = lambda config, dtype, device: build(config, torch.float64, device).double()
 
 
 def run(dtype, processes, flags):
-    """train.py with these flags, its model in dtype."""
-    program = [sys.executable, "-c", f"{START[dtype]}; train.main()", *map(str, flags)]
+    """train.py with these flags, its models in dtype."""
+    double = "checks.same_losses.in_float64(); " if dtype == "float64" else ""
+    program = [sys.executable, "-c", f"import checks.same_losses, train; {double}train.main()", *map(str, flags)]
     if processes > 1:
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python")
         program = [sys.executable, *torchrun, *program]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{' '.join(program)}: {done.stderr[-2000:]}")
 
@@ -51,12 +57,21 @@ def run(dtype, processes, flags):
 def walk(dtype, legs, steps, out, flags):
     """A run in these legs -> its losses and its last weights."""
     for i, (processes, micro) in enumerate(legs):
-        leg = (*flags, "--micro", micro, "--steps", steps, "--out", out)
         part = ("--resume", "auto") if i else ("--stop-after", steps // len(legs))
-        run(dtype, processes, (*leg, *part))
+        run(dtype, processes, (*flags, "--micro", micro, "--steps", steps, "--out", out, *part))
+    return outcome(out)
+
+
+def outcome(out):
+    """The losses of a run's steps, and its last weights."""
     rows = [json.loads(line) for line in (out / "log.jsonl").open()]
-    assert [row["step"] for row in rows] == [*range(1, steps + 1)], rows
+    assert [row["step"] for row in rows] == [*range(1, len(rows) + 1)], rows
     return [row["loss"] for row in rows], load_file(out / "model.safetensors")
+
+
+def furthest(losses, expected):
+    assert len(losses) == len(expected)
+    return max(abs(a - b) for a, b in zip(losses, expected))
 
 
 def drifted(one, two):
@@ -79,8 +94,7 @@ def compare(args):
                         expected, start = (losses, weights), ("--init-from", out)
                         print(f"{dtype}, stage {stage}: loss {losses[0]:.4f} to {losses[-1]:.4f}", flush=True)
                         continue
-                    loss = max(abs(a - b) for a, b in zip(losses, expected[0]))
-                    weight = drifted(expected[1], weights)
+                    loss, weight = furthest(losses, expected[0]), drifted(expected[1], weights)
                     bad = weight > weight_limit or loss_limit is not None and loss > loss_limit
                     wrong += [name] if bad else []
                     print(f"  {name:18} losses {loss:.1e}   weights {weight:.1e}{'   TOO FAR' if bad else ''}",
