@@ -24,7 +24,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command_line
+from conftest import ROOT, command_line, one_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -407,7 +407,7 @@ def test_a_run_finishes_although_its_log_is_lost(folder, tmp_path, lost):
     (out / "log.jsonl").write_text("".join(lines[i - 1] for i in lost))
     (out / "model.safetensors").unlink()
     assert train_in(folder, "--out", out, "--resume", "auto")[0] == 0
-    assert (out / "model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (out / "step-000004/model.safetensors").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------- 2: one writer
@@ -526,7 +526,7 @@ def test_a_resumed_run_is_the_same_run(folder, half):
     assert train_in(folder, "--out", half, "--resume", "auto")[0] == 0
     for step in (3, 4):
         assert same_state(half / f"step-{step:06d}", folder / f"whole/step-{step:06d}")
-    assert (half / "model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
+    assert (half / "model.safetensors").read_bytes() == (half / "step-000004/model.safetensors").read_bytes()
 
 
 def flip(path, place=0.5, bit=0):
@@ -655,26 +655,33 @@ def seal_again(checkpoint):
 
 
 DAMAGE = {"a bit": flip, "the last bit": lambda path: flip(path, 1 - 1e-9, 7),
-          "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]), "empty": lambda path: path.write_bytes(b""),
+          "cut": lambda path: path.write_bytes(path.read_bytes()[:-2]), "empty": lambda path: path.write_bytes(b""),
           "gone": lambda path: path.unlink(), "a FIFO": lambda path: path.unlink() or os.mkfifo(path)}
 
 
 @pytest.mark.parametrize("file", STATE)
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line(folder, half, file, damage):
+def test_a_damaged_checkpoint_is_one_line(folder, half, file):
     """That names the file, or SHA256SUMS for what it tells wrongly; the one before can be gone on with."""
-    if file == "SHA256SUMS" and damage == "cut":
-        return                              # the end of the last line is no loss
     path = half / "step-000002" / file
-    DAMAGE[damage](path)
+    flip(path)
     before = contents(half)
-    assert refused(train_in(folder, "--out", half, "--resume", "auto"), path.parent,
-                   "damaged" if path.is_file() else path, "SHA256SUMS" if path.is_file() else "no regular file")
+    done = train_in(folder, "--out", half, "--resume", "auto")
+    told = f"{path} is damaged, " if file != "SHA256SUMS" else " is damaged, it is not what was written (SHA256SUMS)"
+    assert refused(done, told, f"remove {path.parent}, and --resume auto takes the checkpoint before")
     assert contents(half) == before
-    if damage == "a bit":
-        shutil.rmtree(path.parent)
-        assert train_in(folder, "--out", half, "--resume", "auto", "--stop-after", 2)[0] == 0
-        assert same_state(path.parent, folder / "whole/step-000002")
+    shutil.rmtree(path.parent)
+    assert train_in(folder, "--out", half, "--resume", "auto", "--stop-after", 2)[0] == 0
+    assert same_state(path.parent, folder / "whole/step-000002")
+
+
+@pytest.mark.parametrize("file", STATE)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_damage_of_a_checkpoint_passes(folder, half, file, damage):
+    path, settings = half / "step-000002" / file, json.loads((half / "step-000002/run.json").read_text())["settings"]
+    run_folder.check_checkpoint(path.parent, settings)
+    DAMAGE[damage](path)
+    with pytest.raises((ValueError, FileNotFoundError), match="damaged.*SHA256SUMS" if path.is_file() else str(path)):
+        run_folder.check_checkpoint(path.parent, settings)
 
 
 def change_run(**values):
@@ -727,9 +734,13 @@ def test_a_checkpoint_that_lies_is_one_line(folder, half, lie):
 def test_a_damaged_log_is_one_line(folder, half, line, told):
     lines = (half / "log.jsonl").read_text().splitlines(True)
     (half / "log.jsonl").write_bytes((line + "\n" + lines[1]).encode(errors="surrogateescape"))
-    before = contents(half)
-    assert refused(train_in(folder, "--out", half, "--resume", "auto"), half / "log.jsonl", told)
-    assert contents(half) == before
+    with pytest.raises(ValueError, match=f"log.jsonl, {told}") as error:
+        run_folder.Log(half, 2, 4)
+    assert one_line(error)
+    if line == "{}":
+        before = contents(half)
+        assert refused(train_in(folder, "--out", half, "--resume", "auto"), half / "log.jsonl", told)
+        assert contents(half) == before
 
 
 def test_the_preset_is_compared_with_what_the_run_starts_from(folder, tmp_path):
@@ -805,8 +816,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(folder, tmp_path, m
     assert steps_of(tmp_path / "out") == 1
 
 
-@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("kind, value", [("weight", math.nan), ("exp_avg", -math.inf), ("exp_avg_sq", math.inf)])
 def test_what_is_not_finite_is_never_saved(folder, tmp_path, monkeypatch, kind, value):
     """Here a number that no gradient of the step comes from or goes to: LoRA's A, while B is zero."""
     def spoiler(run):
