@@ -237,8 +237,8 @@ def test_a_mistake_of_the_second_process_is_one_line(folder, tmp_path):
     records = [json.loads(line) for line in (folder / "d.jsonl").open()]
     records[13]["image"] = "none.png"
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    code, out, err = torchrun(tmp_path / "logs", "--model", folder / "model", "--data", tmp_path / "d.jsonl", "--images",
-                              folder, "--out", tmp_path / "p.jsonl")
+    code, out, err = torchrun(tmp_path / "logs", "--model", folder / "model", "--data", tmp_path / "d.jsonl",
+                              "--images", folder, "--out", tmp_path / "p.jsonl")
     assert code and err.count("\n") == 1 and "evaluate.py: record 13: image none.png: no such file" in err, err
     assert (tmp_path / "p.jsonl.partial").read_text().count("\n") == 1 + 8
 
