@@ -61,8 +61,8 @@ class Recipe:
 
 # What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
 # of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
-# LoRA on the LM). With micro and grad_checkpoint of the two large presets 80 GB hold samples of any length up to max_len
-# (python aquila.py --preset aquila-8b --memory).
+# LoRA on the LM). micro and grad_checkpoint of the two large presets are such that 80 GB hold samples of any length up
+# to max_len (python aquila.py --preset aquila-8b --memory).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, micro=4, grad_checkpoint=True),
@@ -267,7 +267,8 @@ def set_up(args, device):
     run.loader = iter(load_batches(records, batches, args, config, device))
     if args.val:
         held_back, told = from_first(lambda: open_data(args, args.val, config, recipe))
-        run.held_back = load_batches(held_back, share_out(told.lengths, recipe.micro, rank, world), args, config, device)
+        batches = share_out(told.lengths, recipe.micro, rank, world)
+        run.held_back = load_batches(held_back, batches, args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
     run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})

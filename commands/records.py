@@ -148,7 +148,7 @@ def size_of(name, root, what):
 
 
 class Survey(Records):
-    """Of each record its characters, its tokens, a checksum of them, the sizes of its files; or its error. No pixels."""
+    """Of a record its characters, its tokens, a checksum of them, the sizes of its files; or its error; no pixels."""
 
     def __getitem__(self, i):
         row = super().__getitem__(i)

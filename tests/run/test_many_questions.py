@@ -125,22 +125,6 @@ def test_all_columns_are_gone_on_with(folder, tmp_path, killed_after):
     assert code == 0 and out == whole and len(asked) == 4, err
 
 
-def test_a_signal_is_one_line_and_loses_nothing(folder, tmp_path, killed_after, monkeypatch):
-    asked, append = killed_after(-1), evaluate.PartialFile.append
-
-    def append_and_interrupt(self, rows):
-        append(self, rows)
-        if len(asked) == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(evaluate.PartialFile, "append", append_and_interrupt)
-    code, _, err = evaluate_in(folder, "--out", tmp_path / "p.jsonl")
-    assert (code, err) == (128 + signal.SIGINT, "evaluate.py: ended by SIGINT\n")
-    monkeypatch.undo()
-    assert evaluate_in(folder, "--out", tmp_path / "p.jsonl")[0] == 0
-    assert (tmp_path / "p.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
-
-
 @pytest.fixture
 def cut_off(folder, tmp_path, killed_after, monkeypatch):
     """The --out of an evaluation of which the first slice was asked."""
