@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import torch
 from PIL import Image
@@ -27,13 +28,17 @@ from toy import scenes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARD = 4 * 2 ** 30                         # bytes
-BANK = torch.randn(2 ** 26, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def bank():
+    return torch.randn(2 ** 26, generator=torch.Generator().manual_seed(0))
 
 
 def noise(shape, scale):
     """A bfloat16 tensor cut out of one bank of normal numbers."""
-    whole, rest = divmod(shape.numel(), len(BANK))
-    return (torch.cat([BANK] * whole + [BANK[:rest]]) * scale).to(torch.bfloat16).view(shape)
+    whole, rest = divmod(shape.numel(), len(bank()))
+    return (torch.cat([bank()] * whole + [bank()[:rest]]) * scale).to(torch.bfloat16).view(shape)
 
 
 def write_llama(model, folder, shard_size=SHARD):

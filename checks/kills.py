@@ -99,12 +99,12 @@ def outcome(out):
 
 
 def check(args):
-    rng, counts, different = random.Random(args.seed), [0, 0], 0
+    rng, all_killed, all_writes, different = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for kind, (share, _, _) in KINDS.items():
-            whole = pathlib.Path(folder, f"{kind}, whole")
-            run(kind, whole, rng, 0)
-            expected, left = outcome(whole), round(share * args.kills)
+            undisturbed = pathlib.Path(folder, f"{kind}, whole")
+            run(kind, undisturbed, rng, 0)
+            expected, left = outcome(undisturbed), round(share * args.kills)
             assert [row["step"] for row in expected["log"]] == [*range(1, STEPS + 1)], expected["log"]
             while left > 0:
                 out = pathlib.Path(folder, f"{kind}, {left} kills left")
@@ -113,8 +113,9 @@ def check(args):
                 wrong = [part for part in expected if found[part] != expected[part]]
                 print(f"{kind}: {killed} kills, {writes} of them in a write; "
                       f"{f'DIFFERENT {wrong}' if wrong else 'weights, log and files are the same'}", flush=True)
-                left, counts, different = left - killed, [counts[0] + killed, counts[1] + writes], different + bool(wrong)
-    print(f"{counts[0]} kills, {counts[1]} in a write; {different} runs differ")
+                left, all_killed, all_writes = left - killed, all_killed + killed, all_writes + writes
+                different += bool(wrong)
+    print(f"{all_killed} kills, {all_writes} in a write; {different} runs differ")
     sys.exit(1 if different else 0)
 
 

@@ -1,11 +1,11 @@
 """
-Small stand-ins for all that a user of aquila-8b fetches, in the published layouts: the weights random, the corpora a few
-built-in scenes each.
+Small stand-ins for all that a user of aquila-8b fetches, in the published layouts: the weights random, the corpora of a
+few built-in scenes each.
 
     python -m checks.stand_ins DIR
 
-writes DIR/CLIP.safetensors as open_clip's file, DIR/Meta-Llama-3-8B-Instruct as Hugging Face's folder, and DIR/DATA with
-a folder for each corpus of the papers' mixes and benchmarks. RSICD's is a link to where the user keeps it.
+writes DIR/CLIP.safetensors as open_clip's file, DIR/Meta-Llama-3-8B-Instruct as Hugging Face's folder, and DIR/DATA
+with a folder for each corpus of the papers' mixes and benchmarks. RSICD's is a link to where the user keeps it.
 """
 import itertools
 import json
@@ -24,6 +24,7 @@ from toy.scenes import captions, make_scene, questions, take_turns
 
 LM = LlamaConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=701)
 SPLITS = ("train", "train", "val", "test")  # of the images of a corpus
+NUMBERS = itertools.count()                 # of the scenes
 
 
 def put(path, content):
@@ -50,7 +51,8 @@ def write_rsvqa(root, prefix, split, rows, texts=True, image=7):
     other splits. Answers stand in reverse order. texts: False leaves the texts to all_questions.json, all_answers.json.
     """
     n = len(rows)
-    questions = [{"id": i, "img_id": image, "type": kind, "question": question, "answers_ids": [n + 1 - i], "active": True}
+    questions = [{"id": i, "img_id": image, "type": kind, "question": question, "answers_ids": [n + 1 - i],
+                  "active": True}
                  for i, (kind, question, _) in enumerate(rows, start=1)]
     answers = [{"id": i, "question_id": n + 1 - i, "answer": answer, "active": True}
                for i, (_, _, answer) in enumerate(reversed(rows), start=1)]
@@ -64,9 +66,9 @@ def write_rsvqa(root, prefix, split, rows, texts=True, image=7):
 
 # ---------------------------------------------------------------------------------------------- the corpora
 
-def picture(path, numbers=itertools.count()):
+def picture(path):
     """Draw the next scene into a file -> the Scene."""
-    scene = make_scene("train", next(numbers), 0, 64)
+    scene = make_scene("train", next(NUMBERS), 0, 64)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.image).save(path)
     return scene
