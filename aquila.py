@@ -157,13 +157,17 @@ class Aquila(nn.Module):
         published = ("vision",) if self.config.full_llm else ("vision", "llm")
         return {name: p for name, p in self.named_parameters() if part_of(name) not in published}
 
-    def checksums(self):
-        """{frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16."""
+    def checksums(self, all_bits=False):
+        """
+        {frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16.
+        all_bits: of every bit of them (some 10 s for 8 B), the same in this dtype alone.
+        """
         trained, sums = self.own_parameters(), {}
         for name, p in self.named_parameters():
             if name not in trained:
-                some = p.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-                sums[part_of(name)] = (sums.get(part_of(name), 0) + zlib.crc32(some)) % 2 ** 32
+                some = p.detach().flatten() if all_bits else p.detach().flatten()[:64].to(torch.bfloat16)
+                crc = zlib.crc32(some.cpu().view(torch.uint8).numpy())
+                sums[part_of(name)] = (sums.get(part_of(name), 0) + crc) % 2 ** 32
         return sums
 
     def encode_images(self, images):
@@ -228,7 +232,9 @@ class Aquila(nn.Module):
         loss = F.cross_entropy(at_least_float32(logits), target[learned], reduction="sum")
         if self.training:
             # DDP waits for a gradient of every trainable parameter; a batch without image or region gives some none.
-            loss = loss + 0.0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
+            # The LM runs with any batch; of a cut one (--shard) there are only slices here.
+            loss = loss + 0.0 * sum(p.flatten()[0] for name, p in self.named_parameters()
+                                    if p.requires_grad and part_of(name) not in ("llm", "lora"))
         return loss, logits, len(logits)
 
     def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
@@ -338,10 +344,15 @@ def build(config, dtype=torch.float32, device="cpu"):
 
 def save_model(model, folder):
     """Write what is ours (model.safetensors), and config.json, which says where the published parts lie."""
+    write_model(folder, model.config, model.own_parameters(), model.checksums())
+
+
+def write_model(folder, config, tensors, checksums):
+    """The files of save_model, of a model's own_parameters and the checksums of the others."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", model.own_parameters(), {"frozen": json.dumps(model.checksums())})
-    write_json(folder / "config.json", config_to_dict(model.config))
+    write_tensors(folder / "model.safetensors", tensors, {"frozen": json.dumps(checksums)})
+    write_json(folder / "config.json", config_to_dict(config))
 
 
 def load_checkpoint(model, folder, new_parts_keep_start=False):

@@ -26,7 +26,6 @@ import re
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from hashlib import sha256
 
 import numpy as np
 import torch
@@ -94,11 +93,10 @@ class RecordFile(Sequence):
 
 
 def read_records(path):
-    """The records of a file and a digest of them; ValueError with the line of the first one whose form is wrong."""
-    records, digest = RecordFile(path), sha256()
-    for i, record in enumerate(records):
-        digest.update(b"\n" * (i > 0) + json.dumps(record, sort_keys=True).encode())
-    records.digest = digest.hexdigest()[:16]
+    """The records of a file; ValueError with the line of the first one whose form is wrong."""
+    records = RecordFile(path)
+    for _ in records:                       # a record is checked when it is asked for
+        pass
     return records
 
 
@@ -298,7 +296,7 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
 
 # ---------------------------------------------------------------------------------------------- batches
 
-@lru_cache(maxsize=16)                      # many records in a row may be of one image
+@lru_cache(maxsize=4)                       # many records in a row may be of one image
 def fitted_image(name, root, size, fit):
     """-> an image at the model's size, and the (width, height) that its file has."""
     image = load_image(name, root)
@@ -355,13 +353,13 @@ def collate(rows, skip_bad=False):
     """
     Samples -> one batch, padded on the right: ids (B, T) long, labels (B, T) long, lengths (B,), names, numbers (B,) in
     the data set, and what collate_images makes. If a row is an error, the error; with skip_bad it becomes a row with
-    nothing to learn, and its text goes to bad.
+    nothing to learn, and its text goes to bad. Of no samples it makes such a row, too.
     """
     bad = [row for row in rows if isinstance(row, ValueError)]
     if bad and not skip_bad:
         return bad[0]
     nothing = {"id": "(left out)", "ids": [0], "labels": [IGNORE]}
-    rows = [nothing if isinstance(row, ValueError) else row for row in rows]
+    rows = [nothing if isinstance(row, ValueError) else row for row in rows] or [nothing]
     lengths = torch.tensor([len(row["ids"]) for row in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     labels = torch.full_like(ids, IGNORE)

@@ -61,7 +61,8 @@ def predict(model, tokenizer, records, root, args, file=None, blind=False, label
     """
     rank, world = rank_and_world()
     said = from_first(lambda: file.begin(settings_of(model, records, root, args, blind)) if file else [])
-    rows, known = [row_of(record, answer) for record, answer in zip(records, said)], len(said) % args.batch
+    rows = [row_of(record, answer) for record, answer in zip(records, said)]
+    known = len(said) % args.batch if len(said) < len(records) else 0              # of a slice that was cut
     slices = [range(i, min(i + args.batch, len(records))) for i in range(len(said) - known, len(records), args.batch)]
     data = Records(records, root, tokenizer, model.config, answer=False, blind=blind)
     loader = iter(DataLoader(data, batch_sampler=slices[rank::world], collate_fn=collate, num_workers=args.workers,
@@ -305,8 +306,7 @@ def main():
     rank, _, device = start_processes()
     if rank:                                # every process has all answers; the first one says what comes of them
         sys.stdout = open(os.devnull, "w")
-    with ending("evaluate.py"):
-        StopSignal()
+    with StopSignal(), ending("evaluate.py"):
         run(together(build_parser().parse_args), device)
 
 

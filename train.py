@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -36,8 +36,9 @@ from commands.memory import describe_memory
 from commands.processes import (SharedMistake, Stopped, StopSignal, ending, from_first, gather, ignore_signals, lock,
                                 rank_and_world, start_processes, together)
 from commands.records import survey
+from commands.sharding import joined, shard
 from commands.training import describe_run, parse_args, resolve
-from data import Records, collate, read_records, to_device
+from data import RecordFile, Records, collate, to_device
 from files.run_folder import Log, check_checkpoint, clear, find_checkpoint, finish, load_state, save_checkpoint
 from files.text import file_digest
 from tokenizer import IGNORE, load_tokenizer
@@ -60,8 +61,8 @@ class Recipe:
 
 # What each stage trains stands in aquila.TRAINS. The numbers of aquila-8b are the paper's (Table 2). ASSUMPTION: those
 # of aquila-plus are not in its summary: stage 1 is Aquila's, 2 and 3 are Osprey's (with Aquila's batch and betas, and
-# LoRA on the LM). With micro and grad_checkpoint of the two large presets 80 GB hold samples of any length up to max_len
-# (python aquila.py --preset aquila-8b --memory).
+# LoRA on the LM). micro and grad_checkpoint of the two large presets are such that 80 GB hold samples of any length up
+# to max_len (python aquila.py --preset aquila-8b --memory).
 RECIPES = {
     #                      lr           weight decay  warm-up ratio
     "aquila-8b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, micro=4, grad_checkpoint=True),
@@ -118,16 +119,16 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         # DDP exchanges gradients in the last backward only. The forward must run inside no_sync, too: it is there that
-        # the choice is made.
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if world == 1 or last else model.no_sync():
+        # the choice is made. (A model of slices has no place to keep a whole gradient, and exchanges it each time.)
+        wait = i < len(batches) - 1 and isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if wait else contextlib.nullcontext():
             with autocast:
                 loss, _, _ = model(batch)
-            (loss * world / max(learned, 1)).backward()                            # DDP averages: undo it with * world
+            (loss * world / max(learned, 1)).backward()                            # both average: undo it with * world
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
-    norm = nn.utils.clip_grad_norm_(params, max_norm).item()
+    norm = joined(nn.utils.clip_grad_norm_(params, max_norm)).item()
     if not math.isfinite(total.item()) or not math.isfinite(norm):
         names = [name for part in gather([name for b in batches for name in b["names"]]) for name in part]
         raise SharedMistake(f"the loss is {total.item()}, the gradient's norm {norm}, over {learned:.0f} learned "
@@ -141,16 +142,21 @@ def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_nor
 
 @torch.no_grad()
 def validate(model, batches, device, autocast):
-    """The loss a learned token of held-back records, over all processes."""
+    """-> the loss a learned token of held-back records, over all processes, and what here could not be read of them."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)                      # loss, learned tokens
+    sums, bad = torch.zeros(2, dtype=torch.float64, device=device), []             # loss, learned tokens
     for batch in batches:
+        batch = to_device(batch, device)
         with autocast:
-            loss, _, learned = model(to_device(batch, device))
+            loss, _, learned = model(batch)
         sums += torch.stack((loss, torch.full_like(loss, learned)))
+        bad += batch["bad"]
     if rank_and_world()[1] > 1:
         dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    mean = (sums[0] / sums[1]).item()
+    if not math.isfinite(mean):
+        raise SharedMistake(f"the loss of the --val records is {mean}, over {sums[1]:.0f} learned tokens; lower --lr")
+    return mean, bad
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -162,64 +168,85 @@ class Run:
     out: pathlib.Path                       # its folder
     steps: int                              # of the whole schedule
     dtype: torch.dtype                      # of frozen weights, and of autocast if it is bfloat16
+    frozen: dict                            # {frozen part: its checksum}, of what is in no checkpoint
     trainable: dict                         # {name: parameter} that this stage trains
     optimizer: torch.optim.Optimizer
-    settings: dict = None                   # what must be the same when the run is resumed
+    settings: dict                          # what must be the same when the run is resumed
     first: int = 0                          # steps that were done before
     loader: Iterator = None                 # batches of this process, from step `first` on
     held_back: DataLoader = None            # of --val, this process's share
+    left_out: set = None                    # what was told of records that could not be read
     log: Log = None                         # of the first process, as what follows
     lock: IO = None
 
 
 def train(run, args, device, stop):
-    (rank, world), model, recipe = rank_and_world(), run.model, run.recipe
+    world, model, recipe = rank_and_world()[1], run.model, run.recipe
     ids = [device.index] if device.type == "cuda" else None
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids) if world > 1 else model
+    ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-    params, turns, left_out = list(run.trainable.values()), recipe.batch // (recipe.micro * world), 0
+    params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
+    last = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
-    for step in range(run.first, min(run.steps, args.stop_after or run.steps)):
-        lr, done = learning_rate(step, run.steps, recipe.lr, recipe.warmup), step + 1
+    for step in range(run.first, last):
+        lr = learning_rate(step, run.steps, recipe.lr, recipe.warmup)
         batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)])
         for batch in batches:
             batch["draw"] = args.seed * 1_000_003 + step                           # LoRA's dropout draws from it
         model.train()
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
-        row = dict(step=done, loss=round(loss, 5), gnorm=round(norm, 4), lr=lr, tokens=tokens)
-        if run.held_back and done % args.val_every == 0:
-            row["val"] = round(validate(model, run.held_back, device, autocast), 5)
-        signals, bad = zip(*gather((stop.number, [text for batch in batches for text in batch["bad"]])))
-        if any(bad):
-            row["left out"] = sum(bad, [])
-            left_out += len(row["left out"])
-        if rank == 0:
-            if step == run.first:
-                report_idle_parts(run)
-            run.log.write(row)
-            if any(signals) or done % args.save_every == 0 or done in (run.steps, args.stop_after):
-                save_checkpoint(run, done, args.keep)
-                run.log.draw()
-        if left_out > args.skip_bad:
-            raise SharedMistake(f"{left_out} records could not be read, more than --skip-bad {args.skip_bad}; "
-                                f"{run.out}/log.jsonl names them, the last is {row['left out'][-1]}")
-        if any(signals) and done < run.steps:
-            raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {done} of {run.steps} in "
-                                        f"{run.out}; --resume auto goes on from there")
-    if rank == 0 and run.log.rows[-1]["step"] == run.steps:
+        row = dict(step=step + 1, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
+        bad = [text for batch in batches for text in batch["bad"]]
+        if run.held_back is not None and (step + 1) % args.val_every == 0:
+            row["val"], more = validate(model, run.held_back, device, autocast)
+            bad += more
+        end_step(run, args, row, bad, stop)
+    if max(run.first, last) == run.steps:
+        end_run(run)
+
+
+def end_step(run, args, row, bad, stop):
+    """
+    Write the log, and a checkpoint when it is time; end the run if a signal has come, or if more records could not be
+    read than --skip-bad allows. All processes call; row: of the log; bad: what this one could not read in the step.
+    """
+    rank, step = rank_and_world()[0], row["step"]
+    signals, bad = zip(*gather((stop.number, bad)))
+    new = sorted(set().union(*bad) - run.left_out)
+    if new:
+        row["left out"] = new
+        run.left_out.update(new)
+    if step == run.first + 1:
         report_idle_parts(run)
+    if rank == 0:
+        run.log.write(row)
+    if any(signals) or step % args.save_every == 0 or step in (run.steps, args.stop_after):
+        save_checkpoint(run, step, args.keep)
+        if rank == 0:
+            run.log.draw()
+    if new and len(run.left_out) > args.skip_bad:
+        raise SharedMistake(f"{len(run.left_out)} records could not be read, more than --skip-bad {args.skip_bad}; "
+                            f"{run.out}/log.jsonl names them, the last is {new[-1]}")
+    if any(signals) and step < run.steps:
+        raise Stopped(max(signals), f"{signal.Signals(max(signals)).name}: saved step {step} of {run.steps} in "
+                                    f"{run.out}; --resume auto goes on from there")
+
+
+def end_run(run):
+    report_idle_parts(run)
+    norms = [f"layer {i} {joined(layer.sfi.wo.weight).norm():.2f}" for i, layer in run.model.mda.items()]
+    if rank_and_world()[0] == 0:
         finish(run)
-        norms = [f"layer {i} {layer.sfi.wo.weight.norm():.2f}" for i, layer in model.mda.items()]
         print(f"MDA returns, norm of W_O (0 at the start): {', '.join(norms) or 'no MDA'}")
         print(f"wrote {run.out}/model.safetensors, config.json, log.jsonl, loss.png")
 
 
 def report_idle_parts(run):
     """Say which trained parts have never had a gradient: all of Adam's means of it are still zero."""
-    moved = {part_of(name) for name, p in run.trainable.items() if run.optimizer.state[p]["exp_avg"].any()}
+    moved = {part_of(name) for name, p in run.trainable.items() if joined(run.optimizer.state[p]["exp_avg"]).any()}
     idle = sorted({*map(part_of, run.trainable)} - moved)
-    if idle:
+    if idle and rank_and_world()[0] == 0:
         print(f"warning: no gradient has reached {', '.join(idle)}; do the records have images, or masks?", flush=True)
 
 
@@ -229,37 +256,42 @@ def set_up(args, device):
     config, recipe, out, start = together(lambda: resolve(args, RECIPES[args.preset], world))
     held = together(lambda: lock(out / "run.lock") if rank == 0 else None)
     checkpoint = from_first(lambda: find_checkpoint(out, args.resume, args.overwrite))
-    records, lengths, blank, longest, digests = from_first(lambda: open_data(args, args.data, config, recipe))
-    held_back = from_first(lambda: open_data(args, args.val, config, recipe)) if args.val else None
+    records, found = from_first(lambda: open_data(args, args.data, config, recipe))
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
-    run.lock, run.settings = held, from_first(lambda: settings_of(run, args, start, digests))
+    run.lock = held
+    run.settings |= from_first(lambda: settings_of(run, args, start, found.digests))
     if checkpoint:
         from_first(lambda: check_checkpoint(checkpoint, run.settings, args.force_resume))
         run.first = together(lambda: load_state(run, checkpoint))
-    batches = Batches(lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
+    batches = Batches(found.lengths, recipe.batch, recipe.micro, run.steps, run.first, args.seed, rank, world)
     run.loader = iter(load_batches(records, batches, args, config, device))
-    if held_back:
-        order = np.argsort(held_back[1], kind="stable").tolist()                   # those of one batch of like length
-        share = [order[i:i + recipe.micro] for i in range(0, len(order), recipe.micro)][rank::world]
-        run.held_back = load_batches(held_back[0], share, args, config, device)
+    if args.val:
+        held_back, told = from_first(lambda: open_data(args, args.val, config, recipe))
+        batches = share_out(told.lengths, recipe.micro, rank, world)
+        run.held_back = load_batches(held_back, batches, args, config, device)
     from_first(lambda: clear(out, args.overwrite))
     run.log = together(lambda: Log(out, run.first, run.steps) if rank == 0 else None)
+    run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
     if rank == 0:
-        describe_run(run, args, len(records), blank, world)
-        describe_memory(run, args.stage, optimizer_for, longest, world, device)
+        describe_run(run, args, len(records), found.blank, world)
+        describe_memory(run, args.stage, optimizer_for, found.longest, world, device)
     return run
 
 
 def make_run(args, config, recipe, out, start, samples, device):
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(args.seed)
-    model = build(config, dtype, device)
+    model = build(config, dtype, "cpu" if args.shard else device)
     if start:
         load_checkpoint(model, start, new_parts_keep_start=True)
+    frozen, settings = model.checksums(), {"weights of": model.checksums(all_bits=True)}
+    if args.shard:
+        shard(model, device, dtype)
     trainable = set_stage(model, args.stage)
     model.llm.grad_checkpoint = recipe.grad_checkpoint
     steps = args.steps or math.ceil(samples * recipe.epochs / recipe.batch)
-    return Run(model, recipe, out, steps, dtype, trainable, optimizer_for(list(trainable.values()), recipe.decay))
+    optimizer = optimizer_for(list(trainable.values()), recipe.decay)
+    return Run(model, recipe, out, steps, dtype, frozen, trainable, optimizer, settings)
 
 
 def settings_of(run, args, start, digests):
@@ -272,7 +304,6 @@ def settings_of(run, args, start, digests):
     return {"stage": args.stage, "steps": run.steps, "seed": args.seed, "dtype": str(run.dtype).removeprefix("torch."),
             "recipe": {name: recipe[name] for name in recipe if name not in free},
             "model": {name: model[name] for name in model if name not in ("vision_file", "llm_dir")},
-            "weights of": run.model.checksums(),                                   # the frozen parts
             "init-from": start and file_digest(pathlib.Path(start, "model.safetensors"))[:16], **digests}
 
 
@@ -284,19 +315,28 @@ BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
 
 def open_data(args, path, config, recipe):
     """
-    The records of a file, or built-in ones, all checked for form, length and missing files. -> them, their lengths in
-    characters, how many have no image, tokens of the longest, and digests of them and of their image and mask files
+    The records of a file, or built-in ones, and what a survey of them found: all are good in form and length, and their
+    files are there.
     """
     if path is None:
         records = built_in_records(config.family, args.stage, recipe.scenes or 1000, config.image_size)
         digest = hashlib.sha256("\n".join(json.dumps(r, sort_keys=True) for r in records).encode()).hexdigest()[:16]
     else:
-        records = read_records(path)
-        digest = records.digest
+        records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
-    lengths, blank, longest, pictures, _ = survey(records, args.images, tokenizer, config, max(args.workers, 1),
-                                                  args.skip_bad)
-    return records, lengths, blank, longest, {"data": digest, "pictures": pictures}
+    found = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
+    found.digests["data"] = digest
+    return records, found
+
+
+def share_out(lengths, micro, rank, world):
+    """
+    The sample numbers of this process's batches. Every process has as many (with few samples one may be empty), as
+    --shard needs; the samples of a batch are of like length.
+    """
+    order = np.argsort(lengths, kind="stable")
+    rounds = math.ceil(len(order) / (micro * world))
+    return [part.tolist() for part in np.array_split(order, rounds * world)][rank::world]
 
 
 def built_in_records(family, stage, n, size):
@@ -334,8 +374,8 @@ class Batches:
                 if i // n != epoch:
                     epoch = i // n
                     generator = torch.Generator().manual_seed(self.seed * 10007 + epoch)
-                    order = torch.randperm(n, generator=generator).tolist()
-                picked.append(order[i % n])
+                    order = torch.randperm(n, generator=generator)
+                picked.append(int(order[i % n]))
             picked.sort(key=lambda i: self.lengths[i])
             for turn, begin in enumerate(range(0, self.batch, self.micro * self.world)):
                 # Every second time in reverse order, so that no process always gets the longest.
@@ -354,7 +394,7 @@ def load_batches(records, batches, args, config, device):
 # ---------------------------------------------------------------------------------------------- command line
 
 def main():
-    with ending("train.py"), StopSignal() as stop:
+    with StopSignal() as stop, ending("train.py"):
         device = start_processes()[-1]
         args = together(lambda: parse_args(__doc__))
         train(set_up(args, device), args, device, stop)

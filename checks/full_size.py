@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import torch
 from PIL import Image
@@ -27,17 +28,21 @@ from toy import scenes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARD = 4 * 2 ** 30                         # bytes
-BANK = torch.randn(2 ** 26, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def bank():
+    return torch.randn(2 ** 26, generator=torch.Generator().manual_seed(0))
 
 
 def noise(shape, scale):
     """A bfloat16 tensor cut out of one bank of normal numbers."""
-    n = shape.numel()
-    return (BANK.repeat(-(-n // len(BANK)))[:n] * scale).to(torch.bfloat16).view(shape)
+    whole, rest = divmod(shape.numel(), len(bank()))
+    return (torch.cat([bank()] * whole + [bank()[:rest]]) * scale).to(torch.bfloat16).view(shape)
 
 
-def write_llama(model, folder):
-    """Random weights in shards of 4 GB, their index, config.json, and a tokenizer.model of made-up pieces."""
+def write_llama(model, folder, shard_size=SHARD):
+    """A Hugging Face folder: random weights in shards, their index, and config.json."""
     folder.mkdir(parents=True)
     c, index, shard, size = model.config, {}, {}, 0
     names = [(names_of(k)[HUGGING_FACE], p) for k, p in model.named_parameters()]
@@ -51,7 +56,7 @@ def write_llama(model, folder):
     for name, p in names:
         shard[name] = torch.ones(p.shape, dtype=torch.bfloat16) if p.dim() == 1 else noise(p.shape, 0.02)
         size += shard[name].nbytes
-        if size > SHARD:
+        if size > shard_size:
             flush()
             size = 0
     flush()
@@ -61,8 +66,13 @@ def write_llama(model, folder):
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, hidden_act="silu",
         max_position_embeddings=c.max_len, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps,
         tie_word_embeddings=False)))
-    lines = [f"{base64.b64encode(piece).decode()} {i}\n" for i, piece in enumerate(made_up_pieces())]
-    (folder / "tokenizer.model").write_text("".join(lines))
+
+
+def write_clip(model, path):
+    """Random weights of a ConvNeXt as in open_clip's file: the trunk has timm's names, as ours; more stands beside."""
+    trunk = {f"visual.trunk.{k}": noise(p.shape, 0.02 if p.dim() > 1 else 0.1) for k, p in model.named_parameters()}
+    others = ("visual.head.proj.weight", "transformer.resblocks.0.ln_1.weight", "text_projection", "logit_scale")
+    save_file(trunk | {name: torch.ones(4) for name in others}, path)
 
 
 def made_up_pieces():
@@ -83,12 +93,11 @@ def write_files(folder):
     if not (folder / "llama").exists():
         print("writing the Llama", flush=True)
         write_llama(model.llm, folder / "llama")
+        lines = [f"{base64.b64encode(piece).decode()} {i}\n" for i, piece in enumerate(made_up_pieces())]
+        (folder / "llama/tokenizer.model").write_text("".join(lines))
     if not (folder / "clip.safetensors").exists():
         print("writing the ConvNeXt", flush=True)
-        # open_clip's names of the trunk are timm's
-        state = {f"visual.trunk.{k}": noise(p.shape, 0.02 if p.dim() > 1 else 0.1)
-                 for k, p in model.vision.named_parameters()}
-        save_file(state, folder / "clip.safetensors")
+        write_clip(model.vision, folder / "clip.safetensors")
     (folder / "run").mkdir(exist_ok=True)
     save_file({k: noise(p.shape, 0.02) for k, p in model.own_parameters().items()}, folder / "run/model.safetensors")
     (folder / "run/config.json").write_text(json.dumps(config_to_dict(config)))

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import aquila
 from convnext import ConvNeXtConfig
+from files.run_folder import seal
 from llama import hf_config, load_llama, names_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,11 +237,11 @@ def examples():
 
 
 def make_examples(folder):
-    """Images; Llama folders of every layout, tokenizers, a ConvNeXt, an adapter, a checkpoint, the state of a run."""
+    """Images; Llama folders of every layout, tokenizers, a ConvNeXt, an adapter, a model, a run's checkpoint."""
     make_images(folder / "images")
     make_llamas(folder)
     make_tokenizers(folder)
-    for name in ("convnext", "convnext_pt", "state"):
+    for name in ("convnext", "convnext_pt", "step-000003"):
         (folder / name).mkdir()
     vision = load_file(GOLDEN / "convnext.safetensors")
     vision = {name: t for name, t in vision.items() if name.startswith(("visual.trunk.stem", "visual.trunk.stages"))}
@@ -252,9 +253,12 @@ def make_examples(folder):
         mda_layers=(0,), lora=aquila.LoRAConfig(2, 4, 0.0), max_len=128, region_dim=8, region_side=16,
         vision_file=str(folder / "convnext/vision.safetensors"), llm_dir=str(folder / "llama_gqa"))
     aquila.save_model(aquila.build(config), folder / "checkpoint")
-    p = torch.nn.Parameter(torch.ones(2, 2))
-    torch.save({"step": 3, "settings": {"steps": 4}, "trained": {"p": p.detach()},
-                "optimizer": torch.optim.AdamW([p]).state_dict()}, folder / "state/state.pt")
+    p, step = torch.ones(2, 2), folder / "step-000003"
+    save_file({"p": p}, step / "model.safetensors")
+    save_file({"exp_avg.p": p, "exp_avg_sq.p": p.clone()}, step / "optimizer.safetensors")
+    (step / "config.json").write_text('{"chat": "llama-3"}')
+    (step / "run.json").write_text('{"step": 3, "settings": {"steps": 4, "recipe": {"lr": 0.001}}}')
+    seal(step)
 
 
 def make_images(folder):

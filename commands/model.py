@@ -48,8 +48,8 @@ def memory_table(args):
     tokens, image = args.tokens or config.max_len, config.tokens_per_image
     if tokens <= image + 2:
         raise ValueError(f"--tokens {tokens}: {image} of them are the image's; expected more than {image + 2}")
-    lines = [f"{args.preset}, {args.dtype}, {args.processes} process(es), samples of {tokens:,} tokens, {image:,} of them "
-             "the image's. GB of 10^9 bytes in each process:"]
+    lines = [f"{args.preset}, {args.dtype}, {args.processes} process(es), samples of {tokens:,} tokens, {image:,} of "
+             "them the image's. GB of 10^9 bytes in each process:"]
     for stage, recipe in RECIPES[args.preset].items():
         recipe = dataclasses.replace(recipe, **given(args, "micro", "grad_checkpoint"))
         config = dataclasses.replace(config, lora=recipe.lora)
@@ -102,7 +102,7 @@ def main():
     add("--micro", type=whole(1), help="samples at once (default: the recipe's)")
     add("--tokens", type=whole(1), help="length of all samples, image included (default: the longest, max_len)")
     add("--processes", type=whole(1), default=4, help="that train together (default 4)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of frozen weights and of autocast (default "
-        "bfloat16)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of frozen weights and of autocast "
+        "(default bfloat16)")
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, help="(default: the recipe's)")
     parser.run(run)

@@ -5,11 +5,13 @@ end. A plain python run is one process.
 What is done by a process alone may fail in it alone, while the others wait for it: so it is done `together`.
 """
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import signal
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,8 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if world > 1:                           # the others may wait long while the first looks at a million records
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -76,9 +78,10 @@ def explain(error):
     text, (_, world) = str(error) or type(error).__name__, rank_and_world()
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory; take fewer samples at once, --micro or --batch ({one_line(text)[:200]})"
-    if world > 1 and re.search("onnection (closed|reset)|NCCL", text):
+    if world > 1 and re.search("onnection (closed|reset)|roken pipe|NCCL", text):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)                       # torchrun ends this process before, and tells of the one that failed
-        return "another process has ended"
+        return f"another process has ended ({one_line(text)[:200]})"
     known = isinstance(error, ValueError | OSError | ModuleNotFoundError) or "DataLoader worker" in text
     return text if known else None
 
@@ -106,15 +109,21 @@ def ending(command):
 
 # ---------------------------------------------------------------------------------------------- signals, lock
 
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP      # of schedulers and torchrun; Ctrl-C; a terminal that closes
+
+
 class StopSignal:
     """
-    SIGTERM, which schedulers and torchrun send, and Ctrl-C, from `with StopSignal() as stop` on. The first one raises
-    Stopped; or, once `stop.wait` is set, is kept in `stop.number` for a loop to find. A second one ends the process.
+    Those three, from `with StopSignal() as stop` on. The first one raises Stopped; or, once `stop.wait` is set, is kept
+    in `stop.number` for a loop to find. One that follows within `same` seconds is the same, sent by a scheduler and by
+    torchrun; a later one ends the process at once.
     """
+    same = 2
 
     def __enter__(self):
-        self.number, self.wait = 0, False
-        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.number, self.since, self.wait = 0, 0.0, False
+        heard = [n for n in STOPS if dist.is_torchelastic_launched() or signal.getsignal(n) != signal.SIG_IGN]   # nohup
+        self.before = {n: signal.signal(n, self.receive) for n in heard}
         return self
 
     def __exit__(self, *error):
@@ -122,31 +131,35 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.number:
+            if time.monotonic() - self.since > self.same:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.number, self.since = number, time.monotonic()
         if not self.wait:
             raise Stopped(number, f"ended by {signal.Signals(number).name}")
 
 
 def ignore_signals(worker):
-    """A DataLoader's worker_init_fn: torchrun signals to data workers, too, which end with the process they work for."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A DataLoader's worker_init_fn: torchrun signals to data workers, too; they end with the process they work for."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def lock(path):
     """-> a file, made at this path for nothing else, locked until it is closed or this process ends in whatever way."""
+    file = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
-    except OSError as e:
-        raise ValueError(f"{path.parent} cannot be written: {e.strerror}; choose another --out") from None
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock, which data workers would inherit
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ValueError(f"{path} is locked by process {file.read(20)}, which still runs; wait for it or end it, or "
-                         "choose another --out") from None
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+    except OSError as e:
+        if file and e.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            raise ValueError(f"{path} is locked by process {file.read(20)}, which still runs; wait for it or end it, "
+                             "or choose another --out") from None
+        raise ValueError(f"{path.parent} cannot be written: {e.strerror}; choose another --out") from None
     return file

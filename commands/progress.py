@@ -16,7 +16,7 @@ class Progress:
 
     def show(self, done):
         now, terminal = time.time(), sys.stderr.isatty()
-        if terminal or now - self.shown >= SECONDS:
+        if now - self.shown >= (0.2 if terminal else SECONDS) or terminal and done == self.total:
             self.shown, passed = now, now - self.began
             left = passed / max(done - self.first, 1) * (self.total - done)
             start, end = ("\r", "  " if done < self.total else "  \n") if terminal else ("", "\n")

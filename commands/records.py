@@ -9,18 +9,21 @@ look of train.py before its first step: it reads no pixels.
 """
 import collections
 import itertools
+import os
 import pathlib
 import sys
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from types import SimpleNamespace
+from zlib import crc32
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from aquila import PRESETS, load_config, locate_weights
 from commands.arguments import Parser, whole
+from commands.processes import StopSignal, ending, ignore_signals
 from commands.progress import Progress
 from convnext import STRIDES
 from data import (CHATS, KNOWN, RecordFile, Records, check_images, encode_record, encode_turns, form_problems,
@@ -30,6 +33,8 @@ from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
 
+SOME = 256                                  # records whose pictures a survey reads whole
+FEW = 10_000                                # records that one process looks at
 TOLERATED = "tolerated: "                   # begins the kinds that are counted, and are no problem
 tokenizer_of = lru_cache(load_tokenizer)    # loaded once a worker
 
@@ -80,6 +85,23 @@ def open_once(name, root):
     return size, problems_in("image", lambda: size.extend(load_image(name, root).size))
 
 
+class Checked(Dataset):
+    """Of each record the number of its line, its name, whether it has an image (None: no record), all its problems."""
+
+    def __init__(self, records, root, config):
+        self.records, self.root, self.config = records, root, config
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        number, record = self.records.raw(i)
+        problems = problems_of(record, self.root, self.config)
+        if not isinstance(record, dict):
+            return number, None, None, problems
+        return number, record.get("id", number), bool(image_names(record)), problems
+
+
 def check(path, root, workers, config, fix=None):
     """Print every problem of every record and a summary by kind; return the number of bad records."""
     if fix and pathlib.Path(fix).exists() and pathlib.Path(fix).samefile(path):
@@ -88,32 +110,35 @@ def check(path, root, workers, config, fix=None):
         raise ValueError(f"--fix {fix}: no such folder")
     encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
     records = RecordFile(path)
-    items = [records.raw(i) for i in range(len(records))]
-    clean, first_line, kinds, progress = [], {}, collections.Counter(), Progress("checked", len(items))
-    run = map if workers == 1 else partial(ProcessPoolExecutor(workers).map, chunksize=32)
-    results = run(partial(problems_of, root=str(root), config=config), [record for _, record in items])
-    for done, (found, (number, record)) in enumerate(zip(results, items), 1):
-        name = record.get("id", number) if isinstance(record, dict) else None
+    clean, first_line, kinds, with_image = [], {}, collections.Counter(), collections.Counter()
+    progress, rows = Progress("checked", len(records)), read_ahead(Checked(records, str(root), config), workers)
+    for i, (number, name, has_image, found) in enumerate(rows):
         if isinstance(name, (str, int)) and first_line.setdefault(str(name), number) != number:
             found.append(("same id", f"id {str(name)!r} is that of line {first_line[str(name)]}, too"))
         kinds.update({kind for kind, _ in found})                                  # records, not problems, are counted
+        with_image[has_image] += 1
         problems = [text for kind, text in found if not kind.startswith(TOLERATED)]
         for text in problems:
             print(one_line(f"line {number} ({str(name)[:80]}): {text}"))
         if not problems:
-            clean.append({"id": str(number), **record})
-        if done % 100 == 0 or done == len(items):
-            progress.show(done)
-    without = [not image_names(record) for _, record in items if isinstance(record, dict)]
-    if any(without) and not all(without):
-        kinds[f"{TOLERATED}no image, among records with images"] = sum(without)
+            clean.append(i)
+        progress.show(i + 1)
+    if with_image[True] and with_image[False]:
+        kinds[f"{TOLERATED}no image, among records with images"] = with_image[False]
     for kind, n in sorted(kinds.most_common(50)):
         print(f"{n:7d}  {kind}")
-    print(f"{path}: {len(items)} records, {len(items) - len(clean)} with a problem")
+    print(f"{path}: {len(records)} records, {len(records) - len(clean)} with a problem")
     if fix:
-        write_json_lines(fix, clean)
+        write_json_lines(fix, ({"id": str(number), **record} for number, record in map(records.raw, clean)))
         print(f"{fix}: {len(clean)} records written")
-    return len(items) - len(clean)
+    return len(records) - len(clean)
+
+
+def read_ahead(data, workers):
+    """The items of a Dataset in their order, made by this many worker processes (0 or 1: here)."""
+    loader = DataLoader(data, batch_size=64, collate_fn=list, num_workers=workers if workers > 1 else 0,
+                        worker_init_fn=ignore_signals)
+    return itertools.chain.from_iterable(loader)
 
 
 @lru_cache(maxsize=100_000)
@@ -123,14 +148,14 @@ def size_of(name, root, what):
 
 
 class Survey(Records):
-    """Of each record its characters, its tokens and the sizes of its files, or its error. No pixels are read."""
+    """Of a record its characters, its tokens, a checksum of them, the sizes of its files; or its error; no pixels."""
 
     def __getitem__(self, i):
         row = super().__getitem__(i)
         if isinstance(row, ValueError):
             return row
         characters = sum(len(turn["value"]) for turn in self.records[i]["conversations"])
-        return characters, len(row["ids"]), row["sizes"]
+        return characters, len(row["ids"]), crc32(str(row["ids"]).encode()), row["sizes"]
 
     def read_files(self, record):
         sizes = [(name, size_of(name, self.root, "image")) for name in image_names(record)]
@@ -138,34 +163,39 @@ class Survey(Records):
         return {"sizes": sizes + [(name, size_of(name, self.root, "mask")) for name in masks]}
 
 
+@dataclass
+class Surveyed:
+    lengths: np.ndarray                     # (n,) int32, characters of each record
+    blank: int                              # records without an image
+    longest: int                            # tokens of the longest one
+    digests: dict                           # of all tokens; of the files: their names, sizes, and the bytes of some
+
+
 def survey(records, root, tokenizer, config, workers, skip_bad=0):
     """
     Every record looked at before the first step, by `workers` processes: slots, tokens, files that are missing.
-    out: lengths in characters (n,) int32; how many have no image; tokens of the longest; a digest of their files: names,
-         sizes, and the bytes of some; the numbers of the bad ones. More than skip_bad of them are a ValueError.
+    More than skip_bad bad ones are a ValueError.
     """
-    n, blank, longest, digest, bad, first = len(records), 0, 0, sha256(), [], []
+    n, blank, longest, tokens, pictures, bad, first = len(records), 0, 0, sha256(), sha256(), 0, []
     lengths, progress = np.zeros(n, np.int32), Progress("records looked at", n)
-    loader = DataLoader(Survey(records, root, tokenizer, config), batch_size=64, collate_fn=list,
-                        num_workers=workers if n > 10_000 else 0)
-    for i, row in enumerate(itertools.chain.from_iterable(loader)):
-        if i % 100 == 99:
-            progress.show(i + 1)
+    for i, row in enumerate(read_ahead(Survey(records, root, tokenizer, config), workers if n > FEW else 0)):
+        progress.show(i + 1)
         if isinstance(row, ValueError):
-            bad.append(i)
-            first += [str(row)[:200]] if len(bad) < 4 else []
+            bad += 1
+            first += [str(row)[:200]] if bad < 4 else []
             continue
-        lengths[i], tokens, sizes = row
-        longest = max(longest, tokens)
+        lengths[i], count, checksum, sizes = row
+        longest = max(longest, count)
         blank += not sizes
+        tokens.update(f"{i} {checksum}\n".encode())
         for name, size in sizes:
-            digest.update(f"{name} {size}\n".encode())
-            if size and i % (n // 16 + 1) == 0:
-                digest.update(pathlib.Path(root, name).read_bytes())
-    if len(bad) > skip_bad:
-        raise ValueError(f"{len(bad):,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
-                         f"--skip-bad {len(bad)} leaves them out")
-    return lengths, blank, longest, digest.hexdigest()[:16], bad
+            pictures.update(f"{name} {size}\n".encode())
+            if size and i % (n // SOME + 1) == 0:
+                pictures.update(pathlib.Path(root, name).read_bytes())
+    if bad > skip_bad or bad == n:
+        raise ValueError(f"{bad:,} of {n:,} records are bad: {'; '.join(first)}; data.py check lists them all, "
+                         f"--skip-bad {bad} leaves them out")
+    return Surveyed(lengths, blank, longest, {"tokens": tokens.hexdigest()[:16], "pictures": pictures.hexdigest()[:16]})
 
 
 def show(path, root, config, n):
@@ -198,10 +228,7 @@ def run(args):
     config = settings(args)
     if args.command == "show":
         return show(args.file, args.images, config, args.n)
-    try:
-        sys.exit(1 if check(args.file, args.images, args.workers, config, args.fix) else 0)
-    except BrokenProcessPool as e:
-        raise ValueError(e) from None
+    sys.exit(1 if check(args.file, args.images, args.workers or os.cpu_count(), config, args.fix) else 0)
 
 
 def main():
@@ -219,4 +246,5 @@ def main():
     add("--chat", choices=CHATS, help="chat format (default: the model's)")
     add("--max-len", type=whole(1), help="check: tokens of prompt, images and answer (default: the model's)")
     add("--image-size", type=whole(STRIDES[-1], 8192), help="image side in pixels (default: the model's)")
-    parser.run(run)
+    with StopSignal(), ending("data.py"):
+        run(parser.parse_args())

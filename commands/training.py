@@ -6,6 +6,8 @@ import os
 import pathlib
 from dataclasses import replace
 
+import torch
+
 from aquila import PRESETS, TRAINS, count_parameters, load_config
 from commands.arguments import SEEDS, Parser, real, whole
 from data import CHATS
@@ -39,6 +41,8 @@ def parse_args(description):
     add("--workers", type=whole(0, 1000), default=min(4, os.cpu_count() // 4),
         help="data processes of each process; 0: none (default: a quarter of the cores, at most 4)")
     add("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and of autocast (default: bfloat16 on GPU)")
+    add("--shard", action="store_true", help="cut weights, gradients and optimizer over the processes (fully_shard, "
+        "torch 2.8): for a GPU that cannot hold the LM, or cannot train it with --full-llm; the same run otherwise")
     add = p.add_argument_group("the run").add_argument
     add("--out", help="its folder (default runs/PRESET/stageN)")
     add("--init-from", help="start from the weights of this run, or of a checkpoint of it (default, from stage 2 on: "
@@ -94,8 +98,14 @@ def resolve(args, recipes, world):
     if recipe.batch % (recipe.micro * world):
         raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); "
                          "set --micro")
+    if args.shard and (world == 1 or torch.__version__ < (2, 8)):
+        raise ValueError("--shard cuts the model over several processes (torchrun --nproc-per-node N) and needs torch "
+                         f"2.8 or newer; here are {world} process(es) and torch {torch.__version__}; leave it out")
     out = pathlib.Path(args.out or f"runs/{args.preset}/stage{args.stage}")
     start = args.init_from or (f"runs/{args.preset}/stage{args.stage - 1}" if args.stage > 1 else None)
+    source = pathlib.Path(start or "").resolve()
+    if start and args.overwrite and out.resolve() in (source, source.parent):
+        raise ValueError(f"--overwrite would remove {start}, which the run starts from; choose another --out")
     config = start_config(args, pathlib.Path(start)) if start else PRESETS[args.preset]
     model = given(args, "integration", "image_size", "fit", "chat", "max_len", "pooling", "mda_layers")
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
@@ -144,7 +154,8 @@ def describe_run(run, args, samples, blank, world):
     print(f"{samples:,} samples" + (f" ({blank:,} of them without an image)" if blank else "") +
           f", {run.steps} steps of {recipe.batch} = micro {recipe.micro} x {world} process(es) "
           f"x {recipe.batch // (recipe.micro * world)} accumulated" +
-          (", LM layers computed again in the backward pass" if recipe.grad_checkpoint else ""))
+          (", LM layers computed again in the backward pass" if recipe.grad_checkpoint else "") +
+          (", the model cut over the processes" if args.shard else ""))
     print(f"AdamW lr {recipe.lr:g}, betas {run.optimizer.defaults['betas']}, weight decay {recipe.decay:g}, warm-up "
           f"{recipe.warmup:g}, cosine, seed {args.seed}" +
           (f", LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, dropout {recipe.lora.dropout:g}"

@@ -11,6 +11,7 @@ The folder of a training run: its checkpoints and its log.
 
 A checkpoint is written under another name and renamed: a folder called step-* is whole.
 """
+import contextlib
 import json
 import os
 import pathlib
@@ -21,7 +22,9 @@ import time
 
 import torch
 
-from aquila import save_model
+from aquila import write_model
+from commands.processes import rank_and_world
+from commands.sharding import copy_to, joined_in_first
 from files.checked_json import Fields, read_fields
 from files.text import file_digest, one_line, parse_json, regular_file, unwritten, write_json, written_whole
 from files.weights import fill, open_tensors, write_tensors
@@ -30,7 +33,8 @@ from pictures.curve import draw_curve
 STEP = re.compile(r"step-\d{6,9}")
 # What a run writes, or wrote (state.pt), and what a kill leaves of it.
 OURS = re.compile(rf"(log\.jsonl|loss\.png|model\.safetensors|config\.json|state\.pt|{STEP.pattern})((\.\d+\.tmp)*)")
-SEALED = ("config.json", "model.safetensors", "optimizer.safetensors", "run.json")
+FINISHED = ("config.json", "model.safetensors")
+SEALED = (*FINISHED, "optimizer.safetensors", "run.json")
 
 
 # ---------------------------------------------------------------------------------------------- which checkpoint
@@ -44,17 +48,23 @@ def checkpoints(folder):
 def find_checkpoint(out, resume, overwrite):
     """What a run in the folder `out` goes on from, or None. What lies there is not overwritten unasked."""
     own, found = checkpoints(out)[-1:], None
-    there = [name for name in ("log.jsonl", "state.pt", "model.safetensors") if (out / name).exists()]
-    if not own and there == ["model.safetensors"]:
+    there = [name for name in ("log.jsonl", "state.pt", *FINISHED) if (out / name).exists()]
+    if not own and there and set(there) <= set(FINISHED):
         raise ValueError(f"{out} holds a model that no run of train.py wrote; choose another --out")
     if resume == "auto":
         found = own[0] if own else None
+        if not own and "state.pt" in there and not overwrite:
+            raise ValueError(f"--resume auto: {out}/state.pt is of earlier versions, which is not read; --overwrite "
+                             "starts anew, --out takes another folder")
     elif resume:
         named = pathlib.Path(resume)
         found = named if STEP.fullmatch(named.name) else next(reversed(checkpoints(named)), named)
         if not (found / "run.json").exists():
             raise ValueError(f"--resume {resume}: no checkpoint there, a folder such as step-000200 (a state.pt of "
                              "earlier versions is not read)")
+    if overwrite and found and found.resolve().parent == out.resolve():
+        raise ValueError(f"--overwrite would remove {found}, which --resume goes on from; leave one of the two out (to "
+                         "go on from an older checkpoint, take another --out)")
     if (own or there not in ([], ["log.jsonl"])) and not overwrite and [path.resolve() for path in own] != [
             found and found.resolve()]:
         raise ValueError(f"{out} holds a run ({', '.join([path.name for path in own] + there)}); --resume auto goes on "
@@ -64,7 +74,8 @@ def find_checkpoint(out, resume, overwrite):
 
 def clear(out, everything):
     """Remove what killed runs left half-written, or all that a run wrote; never another file."""
-    for path in out.iterdir():
+    # The log last: it tells, should this be cut off, that the rest is a run's.
+    for path in sorted(out.iterdir(), key=lambda path: path.name == "log.jsonl"):
         known = OURS.fullmatch(path.name)
         if known and (everything or known[2]):
             remove(path)
@@ -85,18 +96,22 @@ def temporary_for(path):
 # ---------------------------------------------------------------------------------------------- save and load
 
 def save_checkpoint(run, step, keep):
-    """Write the checkpoint of a step, then remove all but the `keep` newest."""
-    folder = run.out / f"step-{step:06d}"
-    for name, p in run.trainable.items():
-        if not p.isfinite().all():
+    """Write the checkpoint of a step, then remove all but the `keep` newest. All processes call, the first writes."""
+    weights, means = joined_in_first(run.model.own_parameters()), joined_in_first(moments(run))
+    if rank_and_world()[0] > 0:
+        return
+    folder = checkpoint_of(run, step)
+    for name, tensor in {**weights, **means}.items():
+        if not tensor.isfinite().all():
             raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
     temporary = temporary_for(folder)
     try:
-        save_model(run.model, temporary)
-        write_tensors(temporary / "optimizer.safetensors", moments(run))
+        write_model(temporary, run.model.config, weights, run.frozen)
+        write_tensors(temporary / "optimizer.safetensors", means)
         write_json(temporary / "run.json", {"step": step, "settings": run.settings})
         seal(temporary)
         temporary.rename(folder)
+        reach_disk(run.out)
     except (ValueError, OSError) as e:
         reason = str(e).replace(str(temporary), str(folder))
         raise ValueError(f"{reason}; --resume auto goes on from the checkpoint before, if there is one") from None
@@ -112,12 +127,24 @@ def moments(run):
             for name, p in run.trainable.items() for kind in ("exp_avg", "exp_avg_sq")}
 
 
+def checkpoint_of(run, step):
+    return run.out / f"step-{step:06d}"
+
+
 def seal(folder):
-    """Write SHA256SUMS when all that it tells of has reached the disk."""
-    for name in SEALED:
-        with (folder / name).open("rb") as file:
-            os.fsync(file)
+    """Write SHA256SUMS, and wait until all has reached the disk: older checkpoints are removed next."""
     (folder / "SHA256SUMS").write_text("".join(f"{file_digest(folder / name)}  {name}\n" for name in SEALED))
+    for path in (*folder.iterdir(), folder):
+        reach_disk(path)
+
+
+def reach_disk(path):
+    """Of a file its content, of a folder its names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_checkpoint(folder, settings, force=False):
@@ -146,19 +173,25 @@ def flat(settings, prefix=""):
 def load_state(run, folder):
     """Put a run back where it was, -> the next step."""
     step = read_fields(folder / "run.json").take("step", int, 1, run.steps)
-    fill(run.model.own_parameters(), open_tensors(folder / "model.safetensors").items(), folder / "model.safetensors")
+    if STEP.fullmatch(folder.name) and int(folder.name[5:]) != step:
+        raise ValueError(f"{folder} holds step {step}: it was renamed; give it the name step-{step:06d} again")
+
+    def load(tensors, path):
+        fill(tensors, open_tensors(path).items(), path, copy_to)
+
+    load(run.model.own_parameters(), folder / "model.safetensors")
     for p in run.trainable.values():
         run.optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-    fill(moments(run), open_tensors(folder / "optimizer.safetensors").items(), folder / "optimizer.safetensors")
+    load(moments(run), folder / "optimizer.safetensors")
     return step
 
 
 def finish(run):
-    """Copy the last checkpoint's model to where a finished run has it."""
-    for name in ("config.json", "model.safetensors"):
+    """Copy the last step's model to where a finished run has it."""
+    for name in FINISHED:
         with written_whole(run.out / name) as temporary:
-            shutil.copyfile(checkpoints(run.out)[-1] / name, temporary)
+            shutil.copyfile(checkpoint_of(run, run.steps) / name, temporary)
 
 
 # ---------------------------------------------------------------------------------------------- log
@@ -186,10 +219,11 @@ class Log:
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         line = (f"step {step}/{self.steps} | loss {row['loss']:.4f}{val} | {row['tokens'] / seconds:7,.0f} tok/s | "
                 f"lr {row['lr']:.2e} | gnorm {row['gnorm']:6.2f} | {left:5.0f} s left")
-        if sys.stdout.isatty():
-            print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
-        elif step % 20 == 0 or step in (1, self.steps) or val:
-            print(line, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop: the log has it
+            if sys.stdout.isatty():
+                print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)
+            elif step % 20 == 0 or step in (1, self.steps) or val:
+                print(line, flush=True)
 
     def draw(self):
         with written_whole(self.picture) as temporary:
@@ -206,6 +240,7 @@ def read_rows(path, last):
         row = Fields(parse_json(line, where), where)
         row.take("loss", float)
         row.take("val", float, default=0.0)
+        row.take("left out", list[str], default=[])
         if row.take("step", int, 1) > last:
             break
         rows.append(row.values)

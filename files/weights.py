@@ -90,11 +90,12 @@ def weight_files(folder):
 
 
 @torch.no_grad()
-def fill(targets, stored, source):
+def fill(targets, stored, source, copy_to=torch.Tensor.copy_):
     """
     Copy stored, pairs of (name, StoredTensor), into targets {name: parameter}, one tensor at a time. Before anything is
     read, every name must be there once, with its shape and as floats, else one ValueError lists what is wrong. Into
     targets on the meta device nothing is copied: that compares, before memory is taken for what a config claims.
+    copy_to(target, tensor) does it and returns what it has written.
     """
     no_floats = "not of float16, bfloat16, float32 or float64"
     missing, pairs, wrong = dict(targets), [], {"missing": [], "unexpected": [], "misshapen": [], no_floats: []}
@@ -114,8 +115,8 @@ def fill(targets, stored, source):
     if found:
         raise ValueError(one_line(f"{source}: does not fit the model; {found}; is it the file of another model?"))
     for name, target, tensor in pairs:
-        target.copy_(tensor.read())
-        if not target.sum().isfinite() and not target.isfinite().all():            # a sum is fast; it may overflow
+        written = copy_to(target, tensor.read())
+        if not written.sum().isfinite() and not written.isfinite().all():          # a sum is fast; it may overflow
             raise ValueError(f"{source}: {name} holds NaN or infinite numbers; download it again")
 
 

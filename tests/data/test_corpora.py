@@ -14,6 +14,7 @@ from collections import Counter
 
 import pytest
 
+from checks.stand_ins import karpathy, put, write_rsvqa
 from corpora.__main__ import main
 from corpora.coco import SAMPLINGS, SHARES, plural
 from corpora.conversations import read_llava
@@ -23,12 +24,6 @@ from corpora.table import CORPORA, MIXES, read_corpus
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUFFIX = "\nAnswer the question using a single word or phrase."
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
 
 
 def convert(tmp_path, name, *flags):
@@ -42,14 +37,6 @@ def convert(tmp_path, name, *flags):
 
 def turns(row):
     return [turn["value"] for turn in row["conversations"]]
-
-
-def karpathy(*images):
-    rows = [{"filename": name, "imgid": i, "split": split, "sentids": list(range(len(captions))),
-             "sentences": [{"tokens": ["wrong"], "raw": caption, "imgid": i, "sentid": k}
-                           for k, caption in enumerate(captions)]}
-            for i, (name, split, captions) in enumerate(images)]
-    return {"images": rows, "dataset": "x"}
 
 
 CAPTIONS = ["many planes . ", "many planes .", "a  long building .", "", "an airport"]
@@ -103,21 +90,6 @@ def test_whu_rs19_makes_text_of_the_folder_names(tmp_path):
     rows = convert(tmp_path, "whu-rs19")
     assert [row["image"] for row in rows] == ["Airport/airport_01.jpg", "railwayStation/railwayStation_02.jpg"]
     assert turns(rows[1])[1] == SCENE_TEXT.format(name="railway station")
-
-
-def write_rsvqa(root, prefix, split, rows, texts=True):
-    """Published lists: index == id, inactive stubs in the places of other splits. Answers stand in reverse order."""
-    n = len(rows)
-    questions = [{"id": i, "img_id": 7, "type": kind, "question": question, "answers_ids": [n + 1 - i], "active": True}
-                 for i, (kind, question, _) in enumerate(rows, start=1)]
-    answers = [{"id": i, "question_id": n + 1 - i, "answer": answer, "active": True}
-               for i, (_, _, answer) in enumerate(reversed(rows), start=1)]
-    for kind, content in (("questions", questions), ("answers", answers)):
-        content.insert(0, {"id": 0, "active": False})
-        flags = [{"id": row["id"], "active": row["active"]} for row in content]
-        put(root / f"{prefix}_split_{split}_{kind}.json", {kind: content if texts else flags})
-        if not texts:
-            put(root / f"all_{kind}.json", {kind: content})
 
 
 LR = [("rural_urban", "Is it a rural or an urban area", "rural"), ("count", "How many roads are there?", "37"),

@@ -8,6 +8,7 @@ image is read and encoded once for all its questions.
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -44,6 +45,7 @@ def folder(tmp_path_factory):
     (folder / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     code, out, err = evaluate_in(folder, "--out", folder / "whole.jsonl")
     assert code == 0 and not (folder / "whole.jsonl.partial").exists(), err
+    (folder / "printed.txt").write_text(out)
     return folder
 
 
@@ -92,11 +94,29 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder, tmp_path, killed_after
     assert sum(map(len, asked)) == N - rows // 4 * 4                               # the slice that was cut, once more
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_loses_nothing(folder, tmp_path, monkeypatch, number):
+    answer, asked = Aquila.answer, []
+
+    def answer_then_signal(self, batch, *rest, **options):
+        asked.append(batch["names"])
+        if len(asked) == 3:
+            os.kill(os.getpid(), number)
+        return answer(self, batch, *rest, **options)
+
+    monkeypatch.setattr(Aquila, "answer", answer_then_signal)
+    code, out, err = evaluate_in(folder, "--out", tmp_path / "p.jsonl")
+    assert code == 128 + number and err == f"evaluate.py: ended by {number.name}\n"
+    assert (tmp_path / "p.jsonl.partial").read_text().count("\n") == 1 + 2 * 4
+    assert evaluate_in(folder, "--out", tmp_path / "p.jsonl")[0] == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
 def test_all_columns_are_gone_on_with(folder, tmp_path, killed_after):
     flags = ("--out", tmp_path / "p.jsonl", "--compare")
     code, whole, err = evaluate_in(folder, *flags)
     assert code == 0, err
-    killed_after(6 + 6 + 2)                 # in the third column
+    killed_after(6 + 6 + 2)                 # in the third column, two slices of six
     with pytest.raises(Killed):
         evaluate_in(folder, *flags)
     assert (tmp_path / "p.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
@@ -192,7 +212,7 @@ def test_two_processes_write_what_one_does(folder, cut_off, tmp_path):
     code, out, err = torchrun(tmp_path / "logs", "--model", folder / "model", "--data", folder / "d.jsonl", "--images",
                               folder, "--out", cut_off)
     assert code == 0 and cut_off.read_bytes() == (folder / "whole.jsonl").read_bytes(), err
-    assert out == command_line(evaluate.main, "--score", cut_off)[1]
+    assert out == (folder / "printed.txt").read_text()
     assert not (tmp_path / "p.jsonl.partial").exists()
 
 
@@ -201,8 +221,8 @@ def test_a_mistake_of_the_second_process_is_one_line(folder, tmp_path):
     records = [json.loads(line) for line in (folder / "d.jsonl").open()]
     records[13]["image"] = "none.png"
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    code, out, err = torchrun(tmp_path / "logs", "--model", folder / "model", "--data", tmp_path / "d.jsonl", "--images",
-                              folder, "--out", tmp_path / "p.jsonl")
+    code, out, err = torchrun(tmp_path / "logs", "--model", folder / "model", "--data", tmp_path / "d.jsonl",
+                              "--images", folder, "--out", tmp_path / "p.jsonl")
     assert code and err.count("\n") == 1 and "evaluate.py: record 13: image none.png: no such file" in err, err
     assert (tmp_path / "p.jsonl.partial").read_text().count("\n") == 1 + 8
 
