@@ -17,7 +17,7 @@ from commands import memory
 from commands.memory import Ledger, describe_memory, predict, sized_batch
 from commands.model import main
 from llama import LlamaConfig
-from train import RECIPES, Recipe, Run, optimizer_for
+from train import RECIPES, Recipe, optimizer_for
 
 CONFIG = dataclasses.replace(SMALL, dim=64, llm=LlamaConfig(64, 2, 4, 2, 160, 500), mda_layers=(0,))
 RECIPE = Recipe(lr=1e-3, decay=0.1, warmup=0, batch=8, micro=4)
@@ -133,7 +133,7 @@ def test_the_table():
 
 def test_a_run_says_its_peak_and_warns(capsys, monkeypatch):
     """A small model says nothing."""
-    run = Run(assemble(CONFIG), RECIPE, None, 1, torch.float32, {}, None)
+    run = SimpleNamespace(model=assemble(CONFIG), recipe=RECIPE, dtype=torch.float32)
     cuda = torch.device("cuda", 0)
 
     def said(size):
