@@ -5,9 +5,10 @@ optimizer step run on tensors that have a size and no numbers, and the storages 
     python aquila.py --preset aquila-8b --memory
     python aquila.py --preset aquila-8b --memory --micro 2 --tokens 1152 --no-grad-checkpoint
 
-Counted as a CPU does it, in PyTorch's storages. Not counted: what a kernel takes for itself while it runs, gaps between
-blocks, a GPU's driver and libraries (0.5 to 1 GB), more than one image or region a record. Counted twice: gradients that
-torch adds in place to one of the two. `python -m checks.memory` compares with measured peaks.
+Operations are those of a CPU. Not counted: what a kernel takes for itself while it runs, gaps between blocks, a GPU's
+driver and libraries (0.5 to 1 GB), tensors made of token ids or positions alone, images and regions after a record's
+first. A sum of two gradients counts as a new tensor, though torch often adds in place. `python -m checks.memory`
+compares with measured peaks.
 """
 import math
 import os
@@ -116,9 +117,10 @@ def sized_batch(config, micro, tokens):
 
 def predict(config, stage, recipe, make_optimizer, tokens, dtype, processes=1):
     """
-    {what: bytes} of a step of a stage in one of the processes, the peak last. A step is many micro-batches: gradients
-    are there from the start, and the images of all.
-    make_optimizer(parameters, weight decay); recipe: batch, micro, decay, grad_checkpoint.
+    {what: bytes} of a step of a stage in one of the processes, the peak last; what is "in passing" comes and goes.
+    Gradients are there from the start, as in every micro-batch of a step but its first, and so are the images of all.
+    recipe: a train.Recipe; make_optimizer(parameters, weight decay); tokens: of every sample; dtype: of frozen weights,
+    and of autocast if it is bfloat16.
     """
     ledger = SizedTensor.ledger = Ledger()
     model = sized_model(config, dtype)
