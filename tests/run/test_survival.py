@@ -238,11 +238,15 @@ def wait_in_step():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_at_once(folder, tmp_path, number):
+    """One process, or two, of which the second waits for the first."""
     out = tmp_path / "out"
-    run = Process(tmp_path / "log", *flags_of(folder), "--out", out, change=wait_in_survey)
+    flags = (*flags_of(folder), "--out", out)
+    runs = (two_processes(tmp_path, *flags, change=wait_in_survey) if number == signal.SIGTERM else
+            [Process(tmp_path / "log", *flags, change=wait_in_survey)])
     wait_until((out / "here").exists)
-    run.send(number)
-    assert run.end(10) == (128 + number, f"train.py: ended by {number.name}\n")
+    for run in runs:
+        run.send(number)
+    assert [run.end(10) for run in runs] == [(128 + number, f"train.py: ended by {number.name}\n")] * len(runs)
     assert sorted(os.listdir(out)) == ["here", "run.lock"]
 
 
