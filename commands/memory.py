@@ -6,8 +6,8 @@ optimizer step run on tensors that have a size and no numbers, and the storages 
     python aquila.py --preset aquila-8b --memory --micro 2 --tokens 1152 --no-grad-checkpoint
 
 Counted as a CPU does it, in PyTorch's storages. Not counted: what a kernel takes for itself while it runs, gaps between
-blocks, a GPU's driver and libraries (0.5 to 1 GB), more than one image or region a record. Counted twice: gradients that
-torch adds in place to one of the two. `python -m checks.memory` compares with measured peaks.
+blocks, a GPU's driver and libraries (0.5 to 1 GB), more than one image or region a record. Counted twice: gradients
+that torch adds in place to one of the two. `python -m checks.memory` compares with measured peaks.
 """
 import math
 import os

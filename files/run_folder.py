@@ -23,7 +23,7 @@ import time
 
 import torch
 
-from aquila import write_model
+from aquila import save_model
 from commands.processes import rank_and_world
 from commands.sharding import copy_to, joined_in_first
 from files.checked_json import Fields, read_fields
@@ -107,7 +107,7 @@ def save_checkpoint(run, step, keep):
             raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
     temporary = temporary_for(folder)
     try:
-        write_model(temporary, run.model.config, weights, run.frozen)
+        save_model(run.model, temporary, weights, run.frozen)
         write_tensors(temporary / "optimizer.safetensors", means)
         write_json(temporary / "run.json", {"step": step, "settings": run.settings})
         seal(temporary)
