@@ -274,7 +274,8 @@ def set_up(args, device):
     run.left_out = from_first(lambda: {text for row in run.log.rows for text in row.get("left out", ())})
     if rank == 0:
         describe_run(run, args, len(records), found.blank, world)
-        describe_memory(run, args.stage, optimizer_for, found.longest, world, device)
+        if not args.shard:
+            describe_memory(run, args.stage, optimizer_for, found.longest, world, device)
     return run
 
 

@@ -55,7 +55,7 @@ def memory_table(args):
         config = dataclasses.replace(config, lora=recipe.lora)
         found = predict(config, stage, recipe, optimizer_for, tokens, dtype, args.processes)
         row = {"stage": stage, "micro": recipe.micro, "checkpoint": "yes" if recipe.grad_checkpoint else "no"}
-        row |= {what: f"{n / 1e9:.1f}" for what, n in found.items()}
+        row |= {what: f"{n / 1e9:.2f}" for what, n in found.items()}
         lines += ["  ".join(row)] * (stage == 1) + ["  ".join(f"{value:>{len(what)}}" for what, value in row.items())]
     return "\n".join(lines)
 

@@ -659,6 +659,13 @@ def test_other_micro_batches_and_processes_are_the_same_run(folder, half, tmp_pa
     assert drift(two / "step-000004", folder / "whole/step-000004") < 1e-4
 
 
+def test_grad_checkpoint_is_the_same_run(folder, half):
+    """Bit for bit: what is computed again is the same, and the run says that it does so."""
+    code, out, _ = train_in(folder, "--out", half, "--resume", "auto", "--grad-checkpoint")
+    assert code == 0 and "computed again in the backward pass" in out
+    assert same_state(half / "step-000004", folder / "whole/step-000004")
+
+
 def seal_again(checkpoint):
     (checkpoint / "SHA256SUMS").unlink()
     run_folder.seal(checkpoint)
