@@ -342,17 +342,15 @@ def build(config, dtype=torch.float32, device="cpu"):
     return assemble(config, vision, llm).to(device)
 
 
-def save_model(model, folder):
-    """Write what is ours (model.safetensors), and config.json, which says where the published parts lie."""
-    write_model(folder, model.config, model.own_parameters(), model.checksums())
-
-
-def write_model(folder, config, tensors, checksums):
-    """The files of save_model, of a model's own_parameters and the checksums of the others."""
-    folder = pathlib.Path(folder)
+def save_model(model, folder, own=None, checksums=None):
+    """
+    Write what is ours (model.safetensors), and config.json, which says where the published parts lie.
+    own, checksums: the model's own_parameters() and checksums(), if its tensors are not whole (train.py --shard).
+    """
+    folder, own, checksums = pathlib.Path(folder), own or model.own_parameters(), checksums or model.checksums()
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", tensors, {"frozen": json.dumps(checksums)})
-    write_json(folder / "config.json", config_to_dict(config))
+    write_tensors(folder / "model.safetensors", own, {"frozen": json.dumps(checksums)})
+    write_json(folder / "config.json", config_to_dict(model.config))
 
 
 def load_checkpoint(model, folder, new_parts_keep_start=False):

@@ -6,7 +6,6 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight W learns a low-rank cha
 
 Dropout draws a mask of its own for every row of a batch, see seed_dropout.
 """
-import itertools
 import math
 import zlib
 
@@ -20,9 +19,9 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")       # our names of t
 class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) B A dropout(x), W frozen. Shares W with the layer it replaces."""
 
-    def __init__(self, plain, rank, alpha, dropout, number=0):
+    def __init__(self, plain, rank, alpha, dropout):
         super().__init__()
-        self.number, self.rows = number, None                                      # see seed_dropout
+        self.draws = None                   # see seed_dropout
         self.weight = plain.weight.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         like = dict(dtype=torch.float32, device=plain.weight.device)               # trained in float32 over any base
@@ -37,11 +36,11 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight) + F.linear(low, self.lora_b.to(x.dtype))
 
     def drop(self, x):                      # (B, T, D)
-        if not (self.rows and self.training and self.dropout):
+        if not (self.draws and self.training and self.dropout):
             return F.dropout(x, self.dropout, self.training)
         keep = torch.ones_like(x)
-        for mask, (seed, length) in zip(keep, self.rows):
-            generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{seed} {self.number}".encode()))
+        for mask, (seed, length) in zip(keep, self.draws):
+            generator = torch.Generator(x.device).manual_seed(seed)
             mask[:length].bernoulli_(1 - self.dropout, generator=generator)
         return x * keep.div_(max(1 - self.dropout, 1e-9))
 
@@ -53,11 +52,11 @@ def lora_layers(model):
 
 def seed_dropout(model, rows):
     """
-    Until told otherwise, row b of a batch draws its masks from rows[b] = (seed, length), over its true length: then
+    Until told otherwise, row b of a batch draws its masks from rows[b] = (text, length), over its true length: then
     padding, micro-batches and processes change no mask, and one that is made again is the same. None: drawn as usual.
     """
-    for _, m in lora_layers(model):
-        m.rows = rows
+    for number, (_, m) in enumerate(lora_layers(model)):
+        m.draws = rows and [(zlib.crc32(f"{text} {number}".encode()), length) for text, length in rows]
 
 
 def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
@@ -67,12 +66,11 @@ def apply_lora(model, rank=64, alpha=16, dropout=0.05, targets=LORA_TARGETS):
                          f"some of {', '.join(LORA_TARGETS)}, and a rank and an alpha above 0, a dropout up to 1")
     if lora_layers(model):
         raise ValueError("this model has LoRA already; merge it first")
-    number = itertools.count()
     for layer in model.layers:
         for block in (layer.attn, layer.mlp):
             for name in dict.fromkeys(targets):                                    # each once
                 if hasattr(block, name):
-                    lora = LoRALinear(getattr(block, name), rank, alpha, dropout, next(number))
+                    lora = LoRALinear(getattr(block, name), rank, alpha, dropout)
                     setattr(block, name, lora.train(model.training))
     return model
 

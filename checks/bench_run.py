@@ -86,7 +86,7 @@ def memory_of(form, path, processes=4):
 
 
 def bench_records(n):
-    """Above what the same processes hold with ten records. As Python objects a tenth of them is measured."""
+    """In 4 processes of 4 workers, above what the same processes hold with ten records. As Python objects a tenth of them is measured."""
     with tempfile.TemporaryDirectory() as folder:
         for form, count in (("offsets", n), ("objects", n // 10)):
             few, many = pathlib.Path(folder, "few.jsonl"), pathlib.Path(folder, "many.jsonl")
@@ -94,8 +94,8 @@ def bench_records(n):
             write_records(many, count)
             began = time.time()
             extra = memory_of(form, many) - memory_of(form, few)
-            print(f"{form:8} {count:10,} records of {many.stat().st_size / count:.0f} bytes, 4 processes x 4 workers: "
-                  f"{extra / 1e6:,.0f} MB, {extra / count:.0f} bytes a record ({time.time() - began:.0f} s)", flush=True)
+            print(f"{form:8} {count:10,} records of {many.stat().st_size / count:.0f} bytes: {extra / 1e6:,.0f} MB, "
+                  f"{extra / count:.0f} bytes a record ({time.time() - began:.0f} s)", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- questions

@@ -3,7 +3,7 @@
 # (checks/stand_ins.py), two processes for four GPUs, smaller images, and a run that is stopped on its way. It ends with
 # an error where a command does, or where a file is missing.
 #
-#     checks/walk.sh                        # in the environment of requirements.txt; N minutes on 2 cores
+#     checks/walk.sh                        # in the environment of requirements.txt; 1.5 minutes on 2 cores
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
@@ -12,17 +12,18 @@ cd "$folder"
 ln -s "$repo"/*.py "$repo"/{checks,commands,corpora,files,pictures,scoring,toy,weights} .
 python -m checks.stand_ins fetched
 mv fetched/* .
-size="--image-size 64"                      # the only flags beside README's: of stage 1 ...
-layers="--mda-layers 0,2"
-short="--max-new-tokens 8"                  # ... and of answers
+# The only flags that README does not have:
+size="--image-size 64"
+layers="--mda-layers 0,2"                   # the stand-in for Llama has four layers
+short="--max-new-tokens 8"
 
 set -v
 python aquila.py --preset aquila-8b
 python -m corpora align --root DATA --out align.jsonl
 python -m corpora instruct --root DATA --out instruct.jsonl
-python data.py check align.jsonl --images DATA --tokenizer Meta-Llama-3-8B-Instruct $size --max-len 4096
-python data.py check instruct.jsonl --images DATA --tokenizer Meta-Llama-3-8B-Instruct $size --max-len 4096
-python data.py show align.jsonl --images DATA --tokenizer Meta-Llama-3-8B-Instruct $size -n 1
+python data.py check align.jsonl --images DATA --preset aquila-8b --llm Meta-Llama-3-8B-Instruct $size
+python data.py check instruct.jsonl --images DATA --preset aquila-8b --llm Meta-Llama-3-8B-Instruct $size
+python data.py show align.jsonl --images DATA --preset aquila-8b --llm Meta-Llama-3-8B-Instruct $size -n 1
 
 torchrun --nproc-per-node 2 train.py --preset aquila-8b --stage 1 --vision CLIP.safetensors --llm Meta-Llama-3-8B-Instruct \
     --data align.jsonl --images DATA --micro 2 --grad-checkpoint $size $layers &

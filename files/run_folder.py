@@ -12,6 +12,7 @@ The folder of a training run: its checkpoints and its log.
 A checkpoint is written under another name and renamed: a folder called step-* is whole.
 """
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ import time
 
 import torch
 
-from aquila import write_model
+from aquila import save_model
 from commands.processes import rank_and_world
 from commands.sharding import copy_to, joined_in_first
 from files.checked_json import Fields, read_fields
@@ -106,7 +107,7 @@ def save_checkpoint(run, step, keep):
             raise ValueError(f"step {step} is not saved: {name} holds NaN or infinite numbers; lower --lr")
     temporary = temporary_for(folder)
     try:
-        write_model(temporary, run.model.config, weights, run.frozen)
+        save_model(run.model, temporary, weights, run.frozen)
         write_tensors(temporary / "optimizer.safetensors", means)
         write_json(temporary / "run.json", {"step": step, "settings": run.settings})
         seal(temporary)
@@ -143,6 +144,9 @@ def reach_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL:         # of a folder, on some file systems
+            raise
     finally:
         os.close(descriptor)
 
