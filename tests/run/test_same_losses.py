@@ -5,6 +5,7 @@ hides nothing. 100 steps on more ways, and in float32: python -m checks.same_los
     pytest tests/run/test_same_losses.py
 """
 import pytest
+import torch
 from conftest import assert_near, command_line
 
 import train
@@ -15,8 +16,12 @@ AS_ONE = "float64, LoRA dropout: accumulated, resumed in two processes = one pro
 
 @pytest.fixture
 def float64(monkeypatch):
-    monkeypatch.setattr(train, "build", train.build)           # put back afterwards
+    monkeypatch.setattr(train, "build", train.build)           # put back afterwards, as the number of threads
     in_float64()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)                # as the two processes have; more would wait for each other
+    yield
+    torch.set_num_threads(before)
 
 
 def test_accumulated_and_resumed_in_two_processes(float64, tmp_path):
