@@ -26,13 +26,13 @@ python data.py check instruct.jsonl --images DATA --preset aquila-8b --llm Meta-
 python data.py show align.jsonl --images DATA --preset aquila-8b --llm Meta-Llama-3-8B-Instruct $size -n 1
 
 torchrun --nproc-per-node 2 train.py --preset aquila-8b --stage 1 --vision CLIP.safetensors --llm Meta-Llama-3-8B-Instruct \
-    --data align.jsonl --images DATA --micro 2 --grad-checkpoint $size $layers &
+    --data align.jsonl --images DATA $size $layers &
 until [ -s runs/aquila-8b/stage1/log.jsonl ]; do kill -0 $!; sleep 0.1; done
 kill $!
 wait $! && exit 1
 torchrun --nproc-per-node 2 train.py --preset aquila-8b --stage 1 --vision CLIP.safetensors --llm Meta-Llama-3-8B-Instruct \
-    --data align.jsonl --images DATA --micro 2 --grad-checkpoint $size $layers --resume auto
-torchrun --nproc-per-node 2 train.py --preset aquila-8b --stage 2 --data instruct.jsonl --images DATA --micro 2 --grad-checkpoint
+    --data align.jsonl --images DATA $size $layers --resume auto
+torchrun --nproc-per-node 2 train.py --preset aquila-8b --stage 2 --data instruct.jsonl --images DATA
 
 torchrun --nproc-per-node 2 evaluate.py --model runs/aquila-8b/stage2 --benchmark all --root DATA --out pred.jsonl $short
 python evaluate.py --score pred-rsicd.jsonl --benchmark rsicd
