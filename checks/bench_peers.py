@@ -4,15 +4,17 @@ the environment of tests/requirements-peers.txt.
 
     python -m checks.bench_peers convnext               # ConvNeXt-Large at 512 pixels, timm in its faster memory format
     python -m checks.bench_peers prefill                # a Llama of 0.5 B, prompts of 1,100 tokens, transformers
-    python -m checks.bench_peers step [ours|theirs]     # a training step of stage 2, of Aquila and of the same model put
-                                                        # together from timm, transformers and peft; float32
+    python -m checks.bench_peers step                   # a training step of stage 2, of Aquila and of the same model
+                                                        # put together from timm, transformers and peft; float32
     python -m checks.bench_peers decode DIR             # greedy decoding, bfloat16, of a Hugging Face model in DIR;
                                                         # "compiled" is evaluate.py's --compile, warmed up before
 
 Prints milliseconds and the peer's time over ours (above 1: ours is faster).
 """
 import copy
+import ctypes
 import dataclasses
+import gc
 import subprocess
 import sys
 import tempfile
@@ -142,7 +144,7 @@ def step_setup(which, dropout=0.0):
     config = dataclasses.replace(PRESETS["aquila-8b"], vision=CONVNEXTS["large"], llm=llm, image_size=512, dim=512,
                                  mda_layers=(0, 8, 16, 24), lora=LoRAConfig(rank=64, alpha=16, dropout=dropout))
     ours = Aquila(config)
-    for name, p in ours.named_parameters():
+    for p in ours.parameters():
         if p.requires_grad and not p.any():                    # what starts at zero would hide a difference
             torch.nn.init.normal_(p, std=0.01)
     generator = torch.Generator().manual_seed(1)
@@ -173,9 +175,12 @@ def one_step(model, batch):
 
 
 def bench_step(rounds, which):
-    """Times of both in one process, interleaved; memory, the peak above the weights, of each in a process of its own."""
+    """Processor time of both in one process, interleaved; the peak of memory above the weights, each in its own."""
     if which:
         call = step_setup(which)[which]
+        one_step(torch.nn.Linear(1, 1), torch.ones(1))         # what a step imports is there
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)                       # what building the model has freed is not in the way
         return print(peak_memory(call))
     calls = step_setup("both")
     results = {name: call() for name, call in calls.items()}
@@ -201,7 +206,8 @@ def bench(args):
 def main():
     parser = Parser(prog="python -m checks.bench_peers", description=__doc__)
     parser.add_argument("what", choices=("convnext", "prefill", "step", "decode"))
-    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder; step: ours or theirs, for its memory alone")
+    parser.add_argument("folder", nargs="?", help="decode: a Hugging Face folder; step: ours or theirs, for "
+                        "its memory alone")
     parser.add_argument("--rounds", type=whole(1), default=7, help="interleaved rounds (default 7)")
     parser.run(bench)
 

@@ -86,7 +86,10 @@ def memory_of(form, path, processes=4):
 
 
 def bench_records(n):
-    """In 4 processes of 4 workers, above what the same processes hold with ten records. As Python objects a tenth of them is measured."""
+    """
+    In 4 processes of 4 workers, above what the same processes hold with a few records. As Python objects a tenth of
+    them is measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for form, count in (("offsets", n), ("objects", n // 10)):
             few, many = pathlib.Path(folder, "few.jsonl"), pathlib.Path(folder, "many.jsonl")
