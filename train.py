@@ -259,7 +259,7 @@ def set_up(args, device):
     records, found = from_first(lambda: open_data(args, args.data, config, recipe))
     run = together(lambda: make_run(args, config, recipe, out, start, len(records), device))
     run.lock = held
-    run.settings |= from_first(lambda: settings_of(run, args, start, found.digests))
+    run.settings = from_first(lambda: settings_of(run, args, start, found.digests)) | run.settings
     if checkpoint:
         from_first(lambda: check_checkpoint(checkpoint, run.settings, args.force_resume))
         run.first = together(lambda: load_state(run, checkpoint))
@@ -326,7 +326,7 @@ def open_data(args, path, config, recipe):
         records, digest = RecordFile(path), file_digest(path)[:16]
     tokenizer = load_tokenizer(locate_weights(config.llm_dir, "language model"))
     found = survey(records, args.images, tokenizer, config, max(args.workers, 1), args.skip_bad)
-    found.digests["data"] = digest
+    found.digests = {"data": digest, **found.digests}          # in this order a resume that differs is told
     return records, found
 
 

@@ -135,6 +135,14 @@ FORKED = multiprocessing.get_context("forkserver")      # a server imports torch
 FORKED.set_forkserver_preload(["train", "pytest"])
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Of a test that failed."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 class Process:
     """train.py in a process of its own, with one thread. change: a function that is called there before."""
 
@@ -453,7 +461,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(folder, tmp_p
 
 def only_the_first_has_files():
     if os.environ["RANK"] == "1":
-        train.lock = train.Log = train.clear = train.find_checkpoint = train.save_checkpoint = train.finish = None
+        train.lock = train.Log = train.clear = train.find_checkpoint = train.finish = run_folder.save_model = None
 
 
 def test_one_process_alone_keeps_the_folder(folder, tmp_path):
@@ -946,13 +954,33 @@ def test_records_are_looked_at_in_parallel_with_progress(folder, tmp_path, monke
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         started.append(survey(2))
     shown = shown.getvalue().splitlines()
-    assert started[0] == 2 and (started[1][0] == one[0]).all() and started[1][1:] == one[1:]
-    assert len(shown) == 3 and shown[-1].startswith("records looked at: 300/300, ")
+    loading, two = started
+    assert loading == 2 and (two.lengths == one.lengths).all()
+    assert (two.blank, two.longest, two.digests) == (one.blank, one.longest, one.digests)
+    assert shown[-1].startswith("records looked at: 300/300, ")
+
+
+def test_which_pictures_are_others(folder, tmp_path, monkeypatch):
+    """By their sizes; of so many by every bit, here of the first."""
+    write_records(tmp_path / "d.jsonl", [f"{i}.bmp" for i in range(4)])
+    config, records = load_model(folder / "start").config, data.read_records(tmp_path / "d.jsonl")
+    monkeypatch.setattr(commands.records, "SOME", 1)
+
+    def digest(name, change):
+        shutil.copytree(folder / "images", tmp_path / name)
+        change(tmp_path / name)
+        return commands.records.survey(records, tmp_path / name, load_tokenizer(LLM), config, 1).digests["pictures"]
+
+    larger = lambda images: Image.effect_noise((65, 64), 50).save(images / "3.bmp")
+    same, size, first, last = (digest("same", lambda images: None), digest("size", larger),
+                               digest("first", lambda images: flip(images / "0.bmp", 0.9)),
+                               digest("last", lambda images: flip(images / "3.bmp", 0.9)))
+    assert same == last and len({same, size, first}) == 3
 
 
 def test_a_record_that_turns_bad_is_an_error(folder, mixed, tmp_path):
     done = train_in(folder, *mixed("0.bmp", "1.bmp", "2.bmp", "cut.bmp"))
-    assert refused(done, "record the 3.: image ", "cut.bmp: cannot be read")
+    assert refused(done, "train.py: record the 3.: image ", "cut.bmp: cannot be read")
 
 
 def test_a_record_that_turns_bad_is_left_out_and_named(folder, mixed, tmp_path):
