@@ -7,10 +7,13 @@ What is done by a process alone may fail in it alone, while the others wait for 
 import contextlib
 import errno
 import fcntl
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -104,7 +107,24 @@ def ending(command):
         end(command, f"process {rank}: {line}" if alone else line, silent=rank > 0 and not alone)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            end_at_once(sys.exception())
+
+
+def end_at_once(error):
+    """
+    One of several processes takes nothing apart that they share: gloo's destructor holds Python's lock and waits for a
+    thread, which may wait for this lock.
+    """
+    code = getattr(error, "code", 0) or 0
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        code = 1
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with contextlib.suppress(OSError):      # of a terminal that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------- signals, lock
