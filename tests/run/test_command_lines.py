@@ -1,10 +1,12 @@
 """
 Proves of every command that a number without sense, a misspelt flag or a missing one ends it with one line and exit
-code 2 before it has done anything, and that the line names flag, value and what was expected.
+code 2 before it has done anything, and that the line names flag, value and what was expected; and that checks/walk.sh
+types the commands of README.
 
     pytest tests/run/test_command_lines.py
 """
 import pathlib
+import re
 import runpy
 import shlex
 import sys
@@ -95,3 +97,16 @@ def test_every_check_tells_its_use(name, capsys, monkeypatch):
             runpy.run_module(f"checks.{name}", run_name="__main__")
         assert stop.value.code == expected
     assert "usage" in capsys.readouterr().out
+
+
+def test_the_walk_types_what_readme_says():
+    """"The real thing", with two processes for four, and more flags behind, which make it small."""
+    def typed(path):
+        text = (ROOT / path).read_text().partition("\n## The real thing\n")[2] or (ROOT / path).read_text()
+        lines = text.partition("\n## ")[0].replace("\\\n", "").replace("per-node 4", "per-node 2").splitlines()
+        return [" ".join(line.split()) for line in lines if re.match("(python|torchrun) ", line)]
+
+    readme, walk = typed("README.md"), typed("checks/walk.sh")
+    assert len(readme) > 8
+    for command in readme:
+        assert any(line.startswith(command) for line in walk), command
