@@ -2,7 +2,7 @@
 Small runs of train.py, killed at random moments and while they write, and resumed until they finish: their last weights
 and their log must be those of a run that nothing interrupted, bit for bit.
 
-    python -m checks.kills                      # 50 kills, 10 of them of two processes: some 5 minutes on 2 cores
+    python -m checks.kills                      # 50 kills, 10 of them of two processes: some 4 minutes on 2 cores
     python -m checks.kills --kills 5 --seed 7
 
 A kill is SIGKILL to every process of a run: torchrun, its processes and their data workers. The moments are drawn from
