@@ -3,7 +3,7 @@
 # (checks/stand_ins.py), two processes for four GPUs, smaller images, and a run that is stopped on its way. It ends with
 # an error where a command does, or where a file is missing.
 #
-#     checks/walk.sh                        # in the environment of requirements.txt; 1.5 minutes on 2 cores
+#     checks/walk.sh                        # in the environment of requirements.txt; a minute on 2 cores
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)

@@ -72,6 +72,17 @@ def test_batches_split_one_stream_among_processes():
         assert dealt == [[inside[0], inside[3]], [inside[1], inside[2]]]
 
 
+@pytest.mark.parametrize("n, micro, world", [(1, 1, 1), (7, 2, 1), (3, 1, 2), (5, 2, 2), (16, 4, 2), (1, 8, 4)])
+def test_held_back_records_are_shared_out(n, micro, world):
+    """Each once, in batches of at most `micro` of like length; every process has as many batches, no more than needed."""
+    lengths = [(7 * i) % 11 for i in range(n)]
+    shares = [train.share_out(lengths, micro, rank, world) for rank in range(world)]
+    batches = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert sorted(sum(batches, [])) == list(range(n)) and max(map(len, batches)) <= micro
+    assert len(shares[0]) == -(-n // (micro * world))
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
