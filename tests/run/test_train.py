@@ -74,7 +74,7 @@ def test_batches_split_one_stream_among_processes():
 
 @pytest.mark.parametrize("n, micro, world", [(1, 1, 1), (7, 2, 1), (3, 1, 2), (5, 2, 2), (16, 4, 2), (1, 8, 4)])
 def test_held_back_records_are_shared_out(n, micro, world):
-    """Each once, in batches of at most `micro` of like length; every process has as many batches, no more than needed."""
+    """Each once, in batches of at most `micro` of like length; every process has as many, no more than needed."""
     lengths = [(7 * i) % 11 for i in range(n)]
     shares = [train.share_out(lengths, micro, rank, world) for rank in range(world)]
     batches = [batch for turn in zip(*shares, strict=True) for batch in turn]
