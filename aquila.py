@@ -28,7 +28,7 @@ from files.weights import fill, open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, LlamaConfig, RMSNorm, at_least_float32, generate, load_llama
 from lora import LORA_TARGETS, apply_lora, merge_lora, seed_dropout
 from mask_extractor import MaskExtractor
-from sfi import SFI, ConcatMap, ConcatTokens, ImageTokens, Pyramid
+from sfi import SFI, ConcatTokens, ImageTokens, Pyramid
 from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
 # The two parts that come from elsewhere: class, config and loader. Others go in here (README, "Other parts").
@@ -94,7 +94,7 @@ PRESETS = {
     # wanted: it is off at full size, where nothing asks for it, and on in tiny-plus, which answers better with it.
     "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(),
                                    chat="vicuna", region_dim=1024),
-    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, mda_layers=(0, 1, 2, 3),
+    "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, heads=4, mda_layers=(0, 1, 2, 3),
                          max_len=1024, vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
 }
 PRESETS["tiny-plus"] = dataclasses.replace(PRESETS["tiny"], chat="vicuna", region_dim=128, region_side=32)
@@ -119,12 +119,10 @@ class MDALayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # ASSUMPTION: over the Concat baseline MDA reads its one map again, one cell per query.
-        scales = len(config.vision.dims) if config.integration == "sfi" else 1
         # ASSUMPTION: the paper is silent about norm and return. The query is RMS-normed; the way back starts at zero,
         # so that training begins with the untouched LM; every MDA layer has its own weights.
         self.norm = RMSNorm(config.llm.dim, config.llm.norm_eps)
-        self.sfi = SFI(config.llm.dim, config.dim, scales, config.llm.dim, config.heads)
+        self.sfi = SFI(config.llm.dim, config.dim, len(config.vision.dims), config.llm.dim, config.heads)
         nn.init.zeros_(self.sfi.wo.weight)
 
     def forward(self, hidden, pyramid):     # (B, N, D), pyramid -> what is added to hidden
@@ -140,12 +138,10 @@ class Aquila(nn.Module):
         self.vision = vision or VisionEncoder(config.vision)
         self.llm = llm or LM(config.llm)
         dims, C, D = config.vision.dims, config.dim, config.llm.dim
-        if config.integration == "sfi":
-            self.pyramid = Pyramid(dims, C)
-            self.tokens = ImageTokens(config.side, C, len(dims), D, config.heads)
-        else:
-            self.pyramid = ConcatMap(dims, C)
-            self.tokens = ConcatTokens(C, D)
+        self.pyramid = Pyramid(dims, C)
+        # ASSUMPTION: over the Concat baseline MDA is what it is over SFI, "multiple SFI operations" on the four maps.
+        self.tokens = (ImageTokens(config.side, C, len(dims), D, config.heads) if config.integration == "sfi" else
+                       ConcatTokens(C, len(dims), D))
         self.mda = nn.ModuleDict({str(i): MDALayer(config) for i in config.mda_layers})
         self.vision.requires_grad_(False)
         self.llm.requires_grad_(False)

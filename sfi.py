@@ -190,32 +190,27 @@ class Pyramid(nn.Module):
     Four projectors, position codes, windows (Sec. 3.2 and 3.3): what every SFI of the model attends to, made once
     an image.
 
-    in:  maps, a list of (B, c_s, H_s, W_s), finest first.
+    in:  maps, a list of (B, c_s, H_s, W_s), finest first, each of any size of numbers.
     out: a list of (B, N, k_s*k_s, C), and the grid (rows, cols) of the coarsest map, N = rows*cols.
     """
 
     def __init__(self, dims, dim):
         super().__init__()
-        self.projectors = make_projectors(dims, dim)
+        # ASSUMPTION: "a two-layer MLP" has GELU between, hidden width C. The norm before it is what ConvNeXt's own
+        # detection and segmentation backbones put on each map (one map's numbers may be a hundred times another's);
+        # the norm after it is Cambrian-1's: without it position codes outweigh the features, and attention turns hard.
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(c, 1e-6), nn.Linear(c, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
+            for c in dims)
 
     def forward(self, maps):
-        grid = tuple(maps[-1].shape[2:])
-        return [window_partition(x, grid) for x in project_maps(self.projectors, maps)], grid
-
-
-def make_projectors(dims, dim):             # ASSUMPTION: "a two-layer MLP" has GELU between, hidden width C
-    return nn.ModuleList(nn.Sequential(nn.Linear(c, dim), nn.GELU(), nn.Linear(dim, dim)) for c in dims)
-
-
-def project_maps(projectors, maps):
-    """-> a list of (B, H_s, W_s, C), projected and with their position codes."""
-    projected = []
-    for x, projector, stride in zip(maps, projectors, STRIDES):
-        x = projector(x.permute(0, 2, 3, 1))                                       # (B, c, H, W) -> (B, H, W, C)
-        # ASSUMPTION: the codes are added to the projected maps, so keys and values both carry them.
-        codes = position_codes(*x.shape[1:3], stride, x.shape[-1], x.device)
-        projected.append(x + codes.to(x.dtype))
-    return projected
+        grid, windows = tuple(maps[-1].shape[2:]), []
+        for x, projector, stride in zip(maps, self.projectors, STRIDES):
+            x = projector(x.permute(0, 2, 3, 1))                                   # (B, c, H, W) -> (B, H, W, C)
+            # ASSUMPTION: the codes are added to the projected maps, so keys and values both carry them.
+            codes = position_codes(*x.shape[1:3], stride, x.shape[-1], x.device)
+            windows.append(window_partition(x + codes.to(x.dtype), grid))
+        return windows, grid
 
 
 class ImageTokens(nn.Module):
@@ -224,6 +219,7 @@ class ImageTokens(nn.Module):
     def __init__(self, side, dim, scales, out_dim, heads=1):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(side, side, dim) * 0.02)           # ASSUMPTION: their start
+        self.norm = nn.LayerNorm(dim)                                              # ASSUMPTION: as Cambrian-1's
         self.sfi = SFI(dim, dim, scales, out_dim, heads)
 
     def grid_queries(self, grid):
@@ -236,36 +232,22 @@ class ImageTokens(nn.Module):
         return (q + codes.to(q.dtype)).flatten(0, 1)[None]
 
     def forward(self, pyramid, grid):
-        return self.sfi(self.grid_queries(grid), pyramid)
-
-
-class ConcatMap(nn.Module):
-    """
-    The baseline of Sec. 4.3.1 in the place of Pyramid: the four projected maps resized to the coarsest, concatenated,
-    a convolutional module to C.
-
-    out: a list of one scale whose windows are one cell, (B, N, 1, C), so that MDA can inject it in the same way; grid.
-    """
-
-    def __init__(self, dims, dim):
-        super().__init__()
-        self.projectors = make_projectors(dims, dim)
-        # ASSUMPTION: "a convolutional module": 3x3, GELU, 1x1. Resized by averaging.
-        self.conv = nn.Sequential(nn.Conv2d(len(dims) * dim, dim, 3, padding=1), nn.GELU(), nn.Conv2d(dim, dim, 1))
-
-    def forward(self, maps):
-        grid = tuple(maps[-1].shape[2:])
-        resized = [F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid) for x in project_maps(self.projectors, maps)]
-        x = self.conv(torch.cat(resized, dim=1)).flatten(2).transpose(1, 2)        # (B, N, C)
-        return [x[:, :, None]], grid
+        return self.sfi(self.norm(self.grid_queries(grid)), pyramid)
 
 
 class ConcatTokens(nn.Module):
-    """The baseline's image tokens, in the place of ImageTokens: a linear layer on each cell of the one scale."""
+    """
+    The baseline of Sec. 4.3.1 in the place of ImageTokens: each map averaged to the coarsest, the four concatenated, a
+    convolutional module to C: pyramid -> image tokens (B, N, out_dim).
+    """
 
-    def __init__(self, dim, out_dim):
+    def __init__(self, dim, scales, out_dim):
         super().__init__()
+        # ASSUMPTION: "a convolutional module": 3x3, GELU, 1x1.
+        self.conv = nn.Sequential(nn.Conv2d(scales * dim, dim, 3, padding=1), nn.GELU(), nn.Conv2d(dim, dim, 1))
         self.wo = nn.Linear(dim, out_dim, bias=False)
 
     def forward(self, pyramid, grid):
-        return self.wo(pyramid[0][:, :, 0])
+        x = torch.cat([cells.mean(2) for cells in pyramid], dim=-1)                # (B, N, 4C): the mean of each window
+        x = self.conv(x.transpose(1, 2).unflatten(2, grid))                        # (B, C, rows, cols)
+        return self.wo(x.flatten(2).transpose(1, 2))

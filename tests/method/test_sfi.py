@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_near
 
 from convnext import ConvNeXt, ConvNeXtConfig
-from sfi import SFI, ConcatMap, ConcatTokens, ImageTokens, Pyramid, attention_weights, position_codes, window_partition
+from sfi import SFI, ConcatTokens, ImageTokens, Pyramid, attention_weights, position_codes, window_partition
 
 SIDES = (8, 4, 2, 1)
 
@@ -156,14 +156,40 @@ def test_learned_grid_is_resized_for_another_image():
     assert torch.allclose(other[0], expected.flatten(0, 1), atol=1e-5)
 
 
-def test_concat_is_one_scale_of_single_cells():
-    """The baseline hides no multi-scale window: its pyramid is one scale, one cell a token; MDA's SFI can read it."""
+def test_concat_averages_each_map_to_the_coarsest():
+    """The baseline's input, from windows, is what adaptive pooling makes of the whole maps; its conv sees neighbors."""
     torch.manual_seed(0)
-    maps = [torch.randn(2, c, 2 * k, 3 * k) for c, k in zip((4, 6, 8, 10), SIDES)]
-    pyramid, grid = ConcatMap((4, 6, 8, 10), 16)(maps)
-    assert grid == (2, 3) and [tuple(p.shape) for p in pyramid] == [(2, 6, 1, 16)]
-    assert ConcatTokens(16, 24)(pyramid, grid).shape == (2, 6, 24)
-    assert SFI(24, 16, 1, 24)(torch.randn(2, 6, 24), pyramid).shape == (2, 6, 24)
+    maps = random_maps(2, 2, 3, 16)
+    tokens, seen = ConcatTokens(16, 4, 24).double(), []
+    tokens.conv.register_forward_hook(lambda conv, given, out: seen.append(given[0]))
+    pyramid = [window_partition(x, (2, 3)) for x in maps]
+    out = tokens(pyramid, (2, 3))
+    whole = torch.cat([F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (2, 3)) for x in maps], dim=1)
+    assert torch.allclose(seen[0], whole) and out.shape == (2, 6, 24)
+    reached = torch.autograd.grad(out[0, 0].sum(), maps[3])[0][0].abs().sum(-1) > 0
+    assert reached.tolist() == [[True, True, False], [True, True, False]]
+
+
+def test_maps_of_any_size_train_alike():
+    """
+    The maps of real weights differ in size a hundredfold from scale to scale. Multiplied by 0.03 to 300, they give the
+    same pyramid and, to every weight, the same gradient: so they train as balanced maps do.
+    """
+    torch.manual_seed(0)
+    dims = 16, 24, 32, 40
+    maps = [torch.randn(2, c, 2 * k, 3 * k) for c, k in zip(dims, SIDES)]
+    pyramid, tokens = Pyramid(dims, 16), ImageTokens(3, 16, 4, 8)
+    own = [*pyramid.parameters(), *tokens.parameters()]
+
+    def learn(sizes):
+        out = tokens(*pyramid([size * x for size, x in zip(sizes, maps)]))
+        return out, torch.autograd.grad(out.square().sum(), own)
+
+    out, gradient = learn((1, 1, 1, 1))
+    for sizes in ((0.03, 300, 1, 10), (300, 1, 30, 0.03)):
+        other, moved = learn(sizes)
+        assert torch.allclose(out, other, atol=1e-3)
+        assert all((a - b).norm() < 2e-3 * a.norm().clamp(min=1e-2) for a, b in zip(gradient, moved))
 
 
 def test_heads_must_divide_the_width():
