@@ -239,9 +239,13 @@ def conversation(index, rng):
     texts[0] = f"{texts[0]}\n{SHORT_ANSWER}"
     caption = [str(rng.choice(CAPTION_PROMPTS)), str(rng.choice(captions(key)))]
     texts = caption + texts if rng.random() < 0.5 else texts + caption
-    rng.shuffle(facts)
-    texts[0] = "; ".join([land_in_words(layout), *facts]) + f"\n{texts[0]}"
+    texts[0] = f"{tell(layout, facts, rng)}\n{texts[0]}"
     return {"id": str(index), "conversations": take_turns(texts)}
+
+
+def tell(layout, facts, rng):
+    """The scene in words: "grass with river; red ship top left; ...", the objects in random order."""
+    return "; ".join([land_in_words(layout), *rng.permutation(facts)])
 
 
 def place_questions(layout, rng):
@@ -341,7 +345,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
     parser.add_argument("--vision-scenes", type=whole(1), default=30000, help="train scenes drawn (default 30000)")
     parser.add_argument("--vision-steps", type=whole(1), default=6000, help="steps of 64 images (default 6000)")
-    parser.add_argument("--vision-start", type=pathlib.Path, metavar="FILE", help="go on from this tiny-clip.safetensors")
+    parser.add_argument("--vision-start", type=pathlib.Path, metavar="FILE", help="go on from an earlier run's file")
     parser.add_argument("--llm-scenes", type=whole(1), default=20000, help="train scenes told in words (default 20000)")
     parser.add_argument("--llm-steps", type=whole(1), default=8000, help="steps of 16 conversations (default 8000)")
     parser.add_argument("--seed", type=whole(0, SEEDS), default=0, help="default 0")

@@ -1,0 +1,177 @@
+"""
+The method with one thing changed: what checks.ladder trains beside it. A variant runs under train.py and evaluate.py:
+
+    python -m checks.variants no-look train.py --stage 1 --out runs/no-look/stage1
+    python -m checks.variants no-look evaluate.py --model runs/no-look/stage2 --scenes 300
+
+A variant is a function like aquila.assemble: config, vision encoder, LM -> model. "whole" is the method itself.
+"""
+import dataclasses
+import sys
+from functools import partial
+
+import torch
+from torch import nn
+
+import aquila
+import evaluate
+import train
+from aquila import Aquila, MDALayer
+from commands.arguments import end
+from convnext import STRIDES
+from sfi import SFI, ImageTokens, Pyramid, position_codes, window_partition
+
+
+def with_parts(model, pyramid=None, mda=None, tokens=None):
+    """The model with another pyramid, image tokens, and MDA layers made by mda()."""
+    model.pyramid, model.tokens = pyramid or model.pyramid, tokens or model.tokens
+    if mda:
+        model.mda = nn.ModuleDict({i: mda() for i in model.mda})
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- MDA
+
+class OneCell(Aquila):
+    """The other reading of "+MDA" over Concat: it asks the baseline's one map again, one cell a query."""
+
+    def __init__(self, config, vision=None, llm=None):
+        super().__init__(config, vision, llm)
+        for layer in self.mda.values():
+            layer.sfi.wk, layer.sfi.wv = layer.sfi.wk[:1], layer.sfi.wv[:1]
+
+    def image_tokens(self, maps):
+        seen = []                           # the map that the tokens are made of: (n, C, rows, cols)
+        with self.tokens.conv.register_forward_hook(lambda conv, given, out: seen.append(out)):
+            pyramid, tokens = super().image_tokens(maps)
+        return [seen[0].flatten(2).transpose(1, 2)[:, :, None]], tokens
+
+
+class NoLook(MDALayer):
+    """MDA's parameters without MDA's sight: an adapter, nothing more."""
+
+    def forward(self, hidden, pyramid):
+        return super().forward(hidden, [torch.zeros_like(cells) for cells in pyramid])
+
+
+def no_look(config, vision=None, llm=None):
+    return with_parts(Aquila(config, vision, llm), mda=partial(NoLook, config))
+
+
+# ---------------------------------------------------------------------------------------------- the pyramid
+
+class Without(Pyramid):
+    """Three scales: `left_out`, a number from 0, the finest, on, is missing. Its projector learns nothing."""
+
+    def __init__(self, dims, dim, left_out):
+        super().__init__(dims, dim)
+        self.left_out = left_out
+
+    def forward(self, maps):
+        windows, grid = super().forward(maps)
+        return windows[:self.left_out] + windows[self.left_out + 1:], grid
+
+
+def without(left_out, config, vision=None, llm=None):
+    model, dims = Aquila(config, vision, llm), config.vision.dims
+    tokens = ImageTokens(config.side, config.dim, len(dims) - 1, config.llm.dim, config.heads)
+    model = with_parts(model, Without(dims, config.dim, left_out), tokens=tokens)
+    for layer in model.mda.values():
+        layer.sfi.wk, layer.sfi.wv = layer.sfi.wk[1:], layer.sfi.wv[1:]
+    return model
+
+
+class LearnedPlaces(Pyramid):
+    """As Cambrian-1: a learned vector for each place in a window of more than one cell; no codes."""
+
+    def __init__(self, dims, dim):
+        super().__init__(dims, dim)
+        sides = [STRIDES[-1] // stride for stride in STRIDES[:-1]]
+        self.places = nn.ParameterList(nn.Parameter(torch.randn(side * side, dim) * 0.02) for side in sides)
+
+    def forward(self, maps):
+        grid = tuple(maps[-1].shape[2:])
+        windows = [window_partition(projector(x.permute(0, 2, 3, 1)), grid)
+                   for x, projector in zip(maps, self.projectors)]
+        return [cells + place for cells, place in zip(windows, (*self.places, 0))], grid
+
+
+def learned_places(config, vision=None, llm=None):
+    return with_parts(Aquila(config, vision, llm), LearnedPlaces(config.vision.dims, config.dim))
+
+
+class KeysOnly(SFI):
+    """Position codes in the keys alone: windows hold (cell with code, cell), side by side, 2C wide."""
+
+    def forward(self, queries, pyramid):
+        q = self.wq(queries)
+        keyed, plain = zip(*(cells.chunk(2, dim=-1) for cells in pyramid))
+        k = torch.cat([wk(x) for wk, x in zip(self.wk, keyed)], dim=2).unflatten(-1, (self.heads, -1))
+        v = torch.cat([wv(x) for wv, x in zip(self.wv, plain)], dim=2).unflatten(-1, (self.heads, -1))
+        scores = torch.einsum("bnhd,bnkhd->bnhk", q.unflatten(-1, (self.heads, -1)).expand(len(k), -1, -1, -1), k)
+        weights = (scores * k.shape[-1] ** -0.5).softmax(-1)
+        return self.wo(q + torch.einsum("bnhk,bnkhd->bnhd", weights, v).flatten(2))
+
+
+class BothWays(Pyramid):
+    def forward(self, maps):
+        windows, grid = super().forward(maps)
+        both = []
+        for cells, x, stride in zip(windows, maps, STRIDES):
+            codes = position_codes(*x.shape[2:], stride, cells.shape[-1], x.device).to(cells.dtype)
+            both.append(torch.cat((cells, cells - window_partition(codes[None], grid)), dim=-1))
+        return both, grid
+
+
+def keys_only(config, vision=None, llm=None):
+    model = with_parts(Aquila(config, vision, llm), BothWays(config.vision.dims, config.dim))
+    for sfi in [model.tokens.sfi, *(layer.sfi for layer in model.mda.values())]:
+        sfi.__class__ = KeysOnly            # the same parameters, another forward
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- norms and heads
+
+def no_norms(config, vision=None, llm=None, before=True, cells=True, queries=True):
+    """Without the norms before the projectors, on the projected cells, or on the learned queries."""
+    model = Aquila(config, vision, llm)
+    for projector in model.pyramid.projectors:
+        for place, leave_out in ((0, before), (-1, cells)):
+            if leave_out:
+                projector[place] = nn.Identity()
+    if queries:
+        model.tokens.norm = nn.Identity()
+    return model
+
+
+def heads(number, config, vision=None, llm=None):
+    """Of every SFI. The config stays as it is: a variant is no preset."""
+    model = Aquila(dataclasses.replace(config, heads=number), vision, llm)
+    model.config = dataclasses.replace(model.config, heads=config.heads)
+    return model
+
+
+VARIANTS = {
+    "whole": aquila.assemble, "one-cell": OneCell, "no-look": no_look, "learned-places": learned_places,
+    "keys-only": keys_only, "no-norms": no_norms,
+    "no-norm-before": partial(no_norms, cells=False, queries=False),
+    "no-norm-cells": partial(no_norms, before=False, queries=False),
+    "no-norm-queries": partial(no_norms, before=False, cells=False),
+    "heads-1": partial(heads, 1), "heads-16": partial(heads, 16),
+    **{f"without-{stride}": partial(without, s) for s, stride in enumerate(STRIDES)},
+}
+
+
+def main():
+    programs = {"train.py": train.main, "evaluate.py": evaluate.main}
+    name, program = [*sys.argv[1:], "", ""][:2]
+    if name not in VARIANTS or program not in programs:
+        end("python -m checks.variants", f"{name!r} {program!r}: expected one of {', '.join(VARIANTS)}, then train.py "
+            "or evaluate.py with their flags")
+    aquila.assemble = VARIANTS[name]        # where aquila.build and aquila.load_config look it up
+    sys.argv = [program, *sys.argv[3:]]
+    programs[program]()
+
+
+if __name__ == "__main__":
+    main()
