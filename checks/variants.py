@@ -151,13 +151,20 @@ def heads(number, config, vision=None, llm=None):
     return model
 
 
+def bare(config, vision=None, llm=None):
+    """As printed and no more: no norms, 1 head."""
+    model = no_norms(dataclasses.replace(config, heads=1), vision, llm)
+    model.config = dataclasses.replace(model.config, heads=config.heads)
+    return model
+
+
 VARIANTS = {
     "whole": aquila.assemble, "one-cell": OneCell, "no-look": no_look, "learned-places": learned_places,
     "keys-only": keys_only, "no-norms": no_norms,
     "no-norm-before": partial(no_norms, cells=False, queries=False),
     "no-norm-cells": partial(no_norms, before=False, queries=False),
     "no-norm-queries": partial(no_norms, before=False, cells=False),
-    "heads-1": partial(heads, 1), "heads-16": partial(heads, 16),
+    "heads-1": partial(heads, 1), "heads-16": partial(heads, 16), "bare": bare,
     **{f"without-{stride}": partial(without, s) for s, stride in enumerate(STRIDES)},
 }
 

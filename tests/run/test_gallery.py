@@ -173,7 +173,7 @@ def model(config):
     model = Aquila(config).eval()
     with torch.no_grad():                   # attention that a wrong key or query would change
         for p in (*model.tokens.parameters(), *model.mda.parameters()):
-            p.normal_()
+            p.normal_(std=0.4)
     return model
 
 
@@ -202,7 +202,8 @@ def test_weights_are_those_of_the_first_sfi(model, images):
     assert [a.shape for a in weights] == [(2, 4, 64), (2, 4, 16), (2, 4, 4), (2, 4, 1)]
     assert np.allclose(sum(a.sum(-1) for a in weights), 1, atol=1e-5)
     pyramid, grid = model.pyramid(model.vision(images))
-    expected = plain_attention(model.tokens.sfi, model.tokens.grid_queries(grid), pyramid)
+    queries = model.tokens.norm(model.tokens.grid_queries(grid))
+    expected = plain_attention(model.tokens.sfi, queries, pyramid)
     assert np.allclose(np.concatenate(weights, -1), expected, atol=1e-5)
 
 
@@ -233,8 +234,8 @@ def test_layers_that_have_no_sfi(config, model, images):
     concat = Aquila(dataclasses.replace(config, integration="concat")).eval()
     with pytest.raises(ValueError, match="layer tokens: this model has an SFI at 0, 2"):
         attention.sfi_weights(concat, images)
-    one, = attention.sfi_weights(concat, images[:1], 0, prompts(config, "<image>"))
-    assert one.shape == (1, 4, 1) and (one == 1).all()
+    weights = attention.sfi_weights(concat, images[:1], 0, prompts(config, "<image>"))
+    assert [a.shape[2] for a in weights] == [64, 16, 4, 1]                         # MDA has all four scales there, too
 
 
 def test_the_bright_cell_is_where_the_weight_is():
@@ -281,9 +282,9 @@ def test_command_draws_the_token_asked_for(command, model, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--image", "a.png"), "required: --token"),
+    (("--image", "a.png"), "give --image and --token"),
     (("--image", "a.png", "--token", "1;0"), "--token ROW,COL"),
-    (("--token", "1,0"), "required: --image"),
+    (("--token", "1,0"), "give --image and --token"),
     (("--image", "a.png", "--token", "0,2"), "token 0,2: the image has 2x2 tokens"),
     (("--image", "b.png", "--token", "0,1"), "b.png"),
     (("--image", "a.png", "--token", "0,1", "--layer", "first"), "layer first"),
