@@ -44,7 +44,8 @@ ROWS = {
         "without-8": "without stride 8", "without-16": "without stride 16", "without-32": "without stride 32",
         "keys-only": "position codes in keys only", "learned-places": "learned places in the window, no codes",
         "no-norms": "no norms", "no-norm-before": "no norm before the projectors", "no-norm-cells": "no norm of cells",
-        "no-norm-queries": "no norm of queries", "heads-1": "1 head", "heads-16": "16 heads", "bare": "no norms and 1 head"}.items()},
+        "no-norm-queries": "no norm of queries", "heads-1": "1 head", "heads-16": "16 heads",
+        "bare": "no norms and 1 head"}.items()},
     # After a layer is before the next; after the last, image positions are read no more. So this is both.
     "mda-after": Row("MDA after layers instead of before; not before layer 0", "whole", "whole", "--mda-layers 1,2,3"),
     "mda-two": Row("MDA before layers 0 and 2", "whole", "whole", "--mda-layers 0,2"),
@@ -59,7 +60,8 @@ def train_and_ask(name, seed, scenes, out, steps):
     row, folder, began = ROWS[name], out / f"{name}-{seed}", time.time()
     folder.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, "-m", "checks.variants", row.variant]
-    train = [*program, "train.py", "--seed", seed, *(["--steps", steps] if steps else []), "--resume", "auto", "--stage"]
+    steps = ["--steps", steps] if steps else []
+    train = [*program, "train.py", "--seed", seed, *steps, "--resume", "auto", "--stage"]
     with open(folder / "said.txt", "a") as said:
         call = lambda *command: subprocess.run(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"},
                                                cwd=HERE.parent, stdout=said, stderr=said, check=True)

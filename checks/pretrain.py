@@ -233,13 +233,28 @@ def conversation(index, rng):
         for n, j in enumerate(objects, 1):                                         # a region, too, is told in words
             question = question.replace(f"<region{n}>", facts[j])
         asked.append((question, answer))
-    # Places are the hardest to learn: two words found by two others. They are asked of every group that has one.
-    asked = [asked[i] for i in rng.permutation(len(asked))[:3]] + place_questions(layout, rng)
+    asked = [asked[i] for i in rng.permutation(len(asked))[:5]] + place_questions(layout, rng)
     texts = [text for i in rng.permutation(len(asked)) for text in asked[i]]
     texts[0] = f"{texts[0]}\n{SHORT_ANSWER}"
     caption = [str(rng.choice(CAPTION_PROMPTS)), str(rng.choice(captions(key)))]
     texts = caption + texts if rng.random() < 0.5 else texts + caption
     texts[0] = f"{tell(layout, facts, rng)}\n{texts[0]}"
+    return {"id": str(index), "conversations": take_turns(texts)}
+
+
+def reading_practice(index, rng):
+    """
+    Where is what? Up to six objects of another class or color each, of several scenes, told as one, and the place of
+    each asked: two words found by two others are the hardest to learn, and a scene alone has few such questions.
+    """
+    found = [item for i in range(index, index + 6) for item in make_layout("train", i, 0).items]
+    items = list({(item.name, item.color): item for item in found}.values())
+    items, texts = [items[i] for i in rng.permutation(len(items))[:6]], []
+    for item in items:
+        noun = f"{item.color} {item.name}"
+        texts += [choose(rng, WORDINGS["position"]).format(noun=noun, be="is"), place_in_words(item)]
+    told = tell(make_layout("train", index, 0), list(map(object_in_words, items)), rng)
+    texts[0] = f"{told}\n{texts[0]}\n{SHORT_ANSWER}"
     return {"id": str(index), "conversations": take_turns(texts)}
 
 
@@ -319,7 +334,8 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
 
     def loss_of_step(step):
         rng = np.random.default_rng([seed, step])
-        batched = collate([encode_record(conversation(int(i), rng), tokenizer, ("llama-3", "vicuna")[k % 2])
+        batched = collate([encode_record((reading_practice if k % 4 == 3 else conversation)(int(i), rng), tokenizer,
+                                         ("llama-3", "vicuna")[k // 4 % 2])
                            for k, i in enumerate(rng.integers(0, n_scenes, batch))])
         ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
         text, answers = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE), batched["labels"][:, 1:]
