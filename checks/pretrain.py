@@ -199,8 +199,7 @@ def pretrain_vision(out, n_scenes, steps, batch, seed, start=None):
     # (n, H, W, 3) uint8, of 128 pixels, the image side of the tiny presets
     images = torch.from_numpy(np.stack([make_scene("train", i, 0, 128).image for i in range(n_scenes)]))
     print(f"vision: {n_scenes} scenes drawn", flush=True)
-    told = set().union(*map(phrases, range(min(n_scenes, 5000))))
-    words = sorted(set(" ".join(told).split()))
+    words = sorted(set(" ".join(pairs(range(min(n_scenes, 5000)), [0] * 5000)[0]).split()))
     model = CLIP(CONVNEXTS["tiny"], words)
     if start:
         fill(model.open_clip_state(), open_tensors(start).items(), start)

@@ -17,7 +17,7 @@ import aquila
 import evaluate
 import train
 from aquila import Aquila, MDALayer
-from commands.arguments import end
+from commands.arguments import Parser
 from convnext import STRIDES
 from sfi import SFI, ImageTokens, Pyramid, position_codes, window_partition
 
@@ -171,13 +171,17 @@ VARIANTS = {
 
 def main():
     programs = {"train.py": train.main, "evaluate.py": evaluate.main}
-    name, program = [*sys.argv[1:], "", ""][:2]
-    if name not in VARIANTS or program not in programs:
-        end("python -m checks.variants", f"{name!r} {program!r}: expected one of {', '.join(VARIANTS)}, then train.py "
-            "or evaluate.py with their flags")
-    aquila.assemble = VARIANTS[name]        # where aquila.build and aquila.load_config look it up
-    sys.argv = [program, *sys.argv[3:]]
-    programs[program]()
+    parser = Parser(prog="python -m checks.variants", description=__doc__)
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("program", choices=programs)
+    parser.add_argument("flags", nargs="...", help="of the program")
+
+    def run(args):
+        aquila.assemble = VARIANTS[args.variant]               # where aquila.build and aquila.load_config look it up
+        sys.argv = [args.program, *args.flags]
+        programs[args.program]()
+
+    parser.run(run)
 
 
 if __name__ == "__main__":
