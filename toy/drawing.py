@@ -29,7 +29,13 @@ Scene = namedtuple("Scene", "image cover feature objects split seed index size")
 def make_scene(split="train", index=0, seed=0, size=256):
     """The scene with this key, drawn: pixels, boxes and masks."""
     check_key(split, index, seed, size)
-    layout, rng = make_layout(split, index, seed), scene_rng(Key(split, seed, index), 1)
+    return draw_scene(make_layout(split, index, seed), Key(split, seed, index, size))
+
+
+def draw_scene(layout, key, true_size=False):
+    """The layout with the pixels that the key draws. true_size: vehicles as large as the layout says, see draw_item."""
+    split, seed, index, size = key
+    rng = scene_rng(key, 1)
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     X, Y = grid[None], grid[:, None]
     picture = draw_cover(rng, layout, size, X, Y)
@@ -37,7 +43,7 @@ def make_scene(split="train", index=0, seed=0, size=256):
         draw_feature(rng, layout.feature, size, X, Y, picture)
     direction = rng.uniform(0, 2 * math.pi)
     sun, height = np.array((math.cos(direction), math.sin(direction))), rng.uniform(0.7, 1.3)   # where shadows fall
-    drawn = [draw_item(item, size, sun, rng) for item in layout.items]
+    drawn = [draw_item(item, size, sun, rng, true_size) for item in layout.items]
     for item, (left, top, alpha, _) in zip(layout.items, drawn):
         if surface(layout, item.name)[0] == "forest":               # a clearing
             reach = (item.radius + 0.035) * size
@@ -192,10 +198,10 @@ def polygons(item, sun):
     return [(rectangle(-0.5, 0, 0.5, 0.5), left), (rectangle(-0.5, -0.5, 0.5, 0), right)]
 
 
-def draw_item(item, size, sun, rng):
+def draw_item(item, size, sun, rng, true_size=False):
     """One object drawn three or four times as large and reduced: left, top, alpha (h, w), color (3, h, w)."""
     length, width = item.length * size, item.width * size
-    if item.name == "vehicle":              # 3 to 5 pixels wide at any size, so that it stays the hardest class
+    if item.name == "vehicle" and not true_size:    # 3 to 5 pixels wide, so that it stays the hardest class at any size
         width = min(max(0.026 * size, 3.2), 4.6)
         length = 2 * width
     reach, zoom = int(math.hypot(length, width) / 2) + 3, 4 if size < 192 else 3
