@@ -26,7 +26,7 @@ from corpora.prompts import SHORT_ANSWER
 from data import VICUNA_SYSTEM, collate, encode_record
 from files.text import write_json, written_whole
 from files.weights import fill, open_tensors, write_tensors
-from llama import LLAMAS, Llama, save_llama
+from llama import LLAMAS, Llama, load_llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD
 from tokenizer import BYTE_OF, IGNORE, load_tokenizer
 from toy.drawing import make_scene
@@ -323,18 +323,24 @@ def write_tokenizer(folder, n_scenes, size, rng):
     return len(vocab) + len(specials)
 
 
-def pretrain_llm(out, n_scenes, steps, batch, seed):
-    """Writes the folder out/tiny-llm; out is a path."""
+def pretrain_llm(out, n_scenes, steps, batch, seed, start=None):
+    """Writes the folder out/tiny-llm; out is a path, start a folder that an earlier run wrote, to go on from."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     folder = out / "tiny-llm"
-    size = write_tokenizer(folder, n_scenes, 1024, rng)                            # fewer, when all words are whole
-    model, tokenizer = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size)), load_tokenizer(folder)
+    if start:
+        model = load_llama(start)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((start / name).read_bytes())
+    else:
+        size = write_tokenizer(folder, n_scenes, 1024, np.random.default_rng(seed))            # fewer: words are whole
+        model = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size))
+    tokenizer = load_tokenizer(folder)
 
     def loss_of_step(step):
         rng = np.random.default_rng([seed, step])
-        batched = collate([encode_record((reading_practice if k % 4 == 3 else conversation)(int(i), rng), tokenizer,
-                                         ("llama-3", "vicuna")[k // 4 % 2])
+        batched = collate([encode_record((conversation, reading_practice)[k % 2](int(i), rng), tokenizer,
+                                         ("llama-3", "vicuna")[k // 2 % 2])
                            for k, i in enumerate(rng.integers(0, n_scenes, batch))])
         ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
         text, answers = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE), batched["labels"][:, 1:]
@@ -342,7 +348,7 @@ def pretrain_llm(out, n_scenes, steps, batch, seed):
         # All text is learned, and the answers, few tokens among many, once more.
         return sum(F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE) for target in (text, answers))
 
-    train(model, loss_of_step, steps, 0.1, "llm", out / "llm-state.pt")
+    train(model, loss_of_step, steps, 0.1, "llm", out / "llm-state.pt", 1e-3 if start else 2e-3)
     save_llama(model.to(torch.bfloat16), folder)
     print(f"wrote {folder}")
 
@@ -351,7 +357,7 @@ def pretrain(args):
     if args.part != "llm":
         pretrain_vision(args.out, args.vision_scenes, args.vision_steps, 64, args.seed, args.vision_start)
     if args.part != "vision":
-        pretrain_llm(args.out, args.llm_scenes, args.llm_steps, 16, args.seed)
+        pretrain_llm(args.out, args.llm_scenes, args.llm_steps, 16, args.seed, args.llm_start)
 
 
 def main():
@@ -363,6 +369,7 @@ def main():
     parser.add_argument("--vision-start", type=pathlib.Path, metavar="FILE", help="go on from an earlier run's file")
     parser.add_argument("--llm-scenes", type=whole(1), default=20000, help="train scenes told in words (default 20000)")
     parser.add_argument("--llm-steps", type=whole(1), default=8000, help="steps of 16 conversations (default 8000)")
+    parser.add_argument("--llm-start", type=pathlib.Path, metavar="DIR", help="go on from an earlier run's tiny-llm")
     parser.add_argument("--seed", type=whole(0, SEEDS), default=0, help="default 0")
     parser.run(pretrain)
 
