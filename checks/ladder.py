@@ -7,10 +7,10 @@ several seeds on the built-in scenes and asked about unseen ones.
     python -m checks.ladder --table --figure ladder.png        # of the runs that are there
 
 A run is README's: both stages of the tiny preset with their own recipes, one process and one thread; then captions and
-questions of 300 scenes, and the same with a gray picture. A run that was cut off goes on. Each row stands beside the
-one that it is compared with: the difference, and p, twice the share of bootstrap samples in which it has not that sign
-(seeds and scenes drawn with replacement, the same for both rows). With few seeds p says little of other seeds. Runs on
-other frozen weights than those in weights/ are left alone.
+questions of 300 scenes, of the method with a gray picture, too. A run that was cut off goes on. Each row stands beside
+the one that it is compared with: the difference, and p, twice the share of bootstrap samples in which it has not that
+sign (seeds and scenes drawn with replacement, the same for both rows). With few seeds p says little of other seeds.
+Runs on other frozen weights than those in weights/ are left alone.
 """
 import json
 import os
@@ -70,9 +70,11 @@ def train_and_ask(name, seed, scenes, out, steps):
         trained = time.time() - began
         ask = [*program, "evaluate.py", "--model", folder / "stage2", "--scenes", scenes, "--overwrite", "--out"]
         call(*ask, folder / "said.jsonl")
-        call(*ask, folder / "blind.jsonl", "--blind")
+        if name == "whole":
+            call(*ask, folder / "blind.jsonl", "--blind")
+    blind = {"blind": summary(folder / "blind.jsonl")["scores"]} if name == "whole" else {}
     return {"row": name, "seed": seed, "frozen": frozen(), "seconds": round(trained), **summary(folder / "said.jsonl"),
-            "blind": summary(folder / "blind.jsonl")["scores"]}
+            **blind}
 
 
 def frozen():
@@ -161,9 +163,10 @@ def table(runs):
             for mean, p in difference([own[s] for s in common], [by_row[row.beside][s] for s in common]):
                 cells += [f"{mean:+.1f}", f"{p:.3f}"]
         print(f"| {row.says} (`{name}`) | {len(own)} | " + " | ".join(cells) + " |")
-    blind = [run["blind"] for run in runs]
-    means = " | ".join(f"{np.mean([b[column] for b in blind]):.1f}" for column in columns)
-    print(f"| all rows, shown a gray picture | {len(blind)} | {means} |")
+    blind = [run["blind"] for run in runs if "blind" in run]
+    if blind:
+        means = " | ".join(f"{np.mean([scores[column] for scores in blind]):.1f}" for column in columns)
+        print(f"| the method, shown a gray picture | {len(blind)} | {means} |")
 
 
 def draw(runs, path, width=760, step=34):
