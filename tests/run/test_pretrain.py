@@ -1,14 +1,17 @@
 """
-Proves of the pretraining of the tiny CLIP: a text is true of every image that it fits, balancing changes nothing but
-the size of the maps, and the file that is written loads.
+Proves of the pretraining: a text is true of every image that it fits, balancing changes nothing but the size of the
+maps, the file that is written loads, and what the LM is told holds what it is asked.
 
     pytest tests/run/test_pretrain.py
 """
+import re
+
 import numpy as np
 import torch
 
+from checks import pretrain, told
 from convnext import CONVNEXTS, load_convnext
-from checks import pretrain
+from llama import Llama, LlamaConfig
 from toy.layout import make_layout
 from toy.scenes import NUMBERS, make_scene, plural
 
@@ -63,3 +66,27 @@ def test_the_vision_file_is_an_open_clip_file(tmp_path, capsys):
     pictures = np.stack([make_scene("train", i, 0, 128).image for i in range(2)])
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     assert all(0.3 < x.square().mean().sqrt() < 3 for x in vision(images))
+
+
+def test_what_is_told_holds_the_answers():
+    """Of every question about a place, in practice texts and in what checks.told asks, the story holds the answer."""
+    asked = 0
+    for record in [pretrain.reading_practice(i, np.random.default_rng(i)) for i in range(20)] + told.told_records(20):
+        texts = [turn["value"] for turn in record["conversations"]]
+        story, _, texts[0] = texts[0].partition("\n")
+        for question, answer in zip(texts[::2], texts[1::2]):
+            found = re.search(r"(?:Where|In which part of the image) (?:is|are) the (.*?)s?\?", question)
+            if found:
+                assert f"; {found[1]} {answer}" in story
+                asked += 1
+    assert asked > 100
+
+
+def test_text_loss_is_the_mean_over_real_tokens():
+    torch.manual_seed(0)
+    llm = Llama(LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, vocab_size=20)).eval()
+    rows = [torch.randint(20, (n,)) for n in (7, 4)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    expected = sum(-llm(llm.embed(row[None]))[0, :-1].log_softmax(-1).gather(1, row[1:, None]).sum() for row in rows)
+    total, n = told.text_loss(llm, ids, torch.tensor([7, 4]))
+    assert n == 9 and abs(total - expected.item()) < 1e-4
