@@ -197,8 +197,8 @@ class Pyramid(nn.Module):
     def __init__(self, dims, dim):
         super().__init__()
         # ASSUMPTION: "a two-layer MLP" has GELU between, hidden width C. The norm before it is what ConvNeXt's own
-        # detection and segmentation backbones put on each map (one map's numbers may be a hundred times another's);
-        # the norm after it is Cambrian-1's: without it position codes outweigh the features, and attention turns hard.
+        # detection backbone puts on each map, for one map's numbers may be a hundred times another's. The norm after it
+        # is Cambrian-1's: position codes have an RMS of 0.71, and features without it some 0.2 at the start.
         self.projectors = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(c, 1e-6), nn.Linear(c, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
             for c in dims)
