@@ -5,8 +5,8 @@ The losses of a small run beside those that are committed: what changes a step, 
     python -m checks.golden_losses DIR          # --write puts these in their place
 
 A loss may differ by 0.0002. Measured, the largest difference: 0.000002 from rounding (other micro-batches, one process,
-instructions of older CPUs); of real changes 0.0014 from weight decay 0.1 or 0 instead of 0.05, 0.19 from a warm-up of 0.05
-instead of 0.06. Before maps, cells and queries were normalised, rounding grew to 0.002.
+instructions of older CPUs); of real changes 0.0014 from weight decay 0.1 or 0 instead of 0.05, 0.19 from a warm-up of
+0.05 instead of 0.06. Before maps, cells and queries were normalised, rounding grew to 0.002.
 """
 import pathlib
 import sys
