@@ -93,7 +93,7 @@ def test_p_tells_a_difference_from_none():
         return [{"scenes": [[int(rng.binomial(8, right)), 8, 6, 10, 10] for _ in range(100)]} for _ in range(3)]
 
     low, same, high = runs(0.7), runs(0.7), runs(0.8)
-    mean, p = ladder.difference(high, low)[1]
+    mean, p = ladder.difference(high, low, 500)[1]
     assert 6 < mean < 14 and p < 0.01
-    assert ladder.difference(low, high)[1] == (-mean, p)
-    assert ladder.difference(same, low)[1][1] > 0.1
+    assert ladder.difference(low, high, 500)[1] == (-mean, p)
+    assert ladder.difference(same, low, 500)[1][1] > 0.1
