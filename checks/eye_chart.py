@@ -33,6 +33,7 @@ from toy.layout import CLASSES, COLORS, CONTRAST, GROUNDS, PALETTES, Item, Key, 
 from toy.scenes import CAPTION_PROMPTS, WORDINGS, plural, take_turns
 
 SIDES = (32, 16, 8, 4, 2)                   # of the object's length, in pixels
+USUAL = {"storage tank": 0.112, "building": 0.172, "plane": 0.182, "ship": 0.172, "vehicle": 0.052}  # length in scenes
 SLIM = {"storage tank": 1, "building": 0.75, "plane": 1, "ship": 0.36, "vehicle": 0.5}         # width over length
 FIGURES = ("class", "color", "presence")
 LINES = ((0, 0, 0), (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -52,11 +53,17 @@ def chart_layout(index, side, size):
     return Layout(ground, None, rng.uniform(0, math.pi / 2), [item])
 
 
-def chart_image(index, side, size, empty=False):
-    """-> (size, size, 3) uint8. empty: the ground alone."""
+def chart_scene(index, side, size, empty=False):
+    """The Scene of chart_layout. Its shadow or foam is as small or large as the object. empty: the ground alone."""
     layout = chart_layout(index, side, size)
+    scale = side / size / USUAL[layout.items[0].name]
     layout = layout._replace(items=[]) if empty else layout
-    return draw_scene(layout, Key("test", side, index, size), true_size=True).image
+    return draw_scene(layout, Key("test", side, index, size), true_size=True, scale=scale)
+
+
+def chart_image(index, side, size, empty=False):
+    """-> (size, size, 3) uint8."""
+    return chart_scene(index, side, size, empty).image
 
 
 def asked_about(index, side, size):

@@ -32,8 +32,11 @@ def make_scene(split="train", index=0, seed=0, size=256):
     return draw_scene(make_layout(split, index, seed), Key(split, seed, index, size))
 
 
-def draw_scene(layout, key, true_size=False):
-    """The layout with the pixels that the key draws. true_size: vehicles as large as the layout says, see draw_item."""
+def draw_scene(layout, key, true_size=False, scale=1.0):
+    """
+    The layout with the pixels that the key draws. true_size: vehicles as large as the layout says, see draw_item;
+    scale: of shadows and foam, for objects that are smaller or larger than those of scenes.
+    """
     split, seed, index, size = key
     rng = scene_rng(key, 1)
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -50,11 +53,12 @@ def draw_scene(layout, key, true_size=False):
             draw_disc(picture, item.x * size, item.y * size, reach, 0.04 * size, 0.9, (112, 128, 78))
         if item.name == "ship":                                     # a short trail of foam behind it
             for step in range(1, 7):
-                back = 0.45 * item.length + 0.008 * step
+                back = 0.45 * item.length + 0.008 * step * scale
                 x, y = (item.x - math.cos(item.angle) * back) * size, (item.y - math.sin(item.angle) * back) * size
-                draw_disc(picture, x, y, (0.012 + 0.003 * step) * size, 1, 0.3 * (1 - step / 8), (205, 220, 225))
+                puff = (0.012 + 0.003 * step) * size * scale
+                draw_disc(picture, x, y, puff, 1, 0.3 * (1 - step / 8), (205, 220, 225))
         for part in (0.5, 1.0):                                     # of the shadow's length
-            dx, dy = np.rint(sun * part * HEIGHTS[item.name] * height * size).astype(int)
+            dx, dy = np.rint(sun * part * HEIGHTS[item.name] * height * size * scale).astype(int)
             blend(picture, left + dx, top + dy, 0.4 * alpha, color_planes((18, 20, 30)))
     objects = []
     for item, (left, top, alpha, color) in zip(layout.items, drawn):
