@@ -24,7 +24,7 @@ from commands.arguments import Parser, whole
 from commands.progress import Progress
 from corpora.prompts import IMAGE_LINE, SHORT_ANSWER
 from data import collate, encode_record
-from files.text import written_whole
+from files.text import check_target, written_whole
 from pictures.image_files import to_tensor
 from scoring.metrics import same_answer, tokenize
 from tokenizer import load_tokenizer
@@ -170,10 +170,13 @@ def draw_chart(path, size=128):
 
 @torch.no_grad()
 def work(args):
+    check_target(args.chart or args.out)
     if args.chart:
         return draw_chart(args.chart)
-    curves = []
-    for label, runs in runs_of(args):
+    rows, curves = runs_of(args), []
+    if len(rows) >= len(LINES):
+        raise ValueError(f"{len(rows)} rows or models: at most {len(LINES) - 1} can be told apart in one figure")
+    for label, runs in rows:
         seen = [examine(load(*run), args.n, label) for run in runs]
         curves.append((label, {key: np.mean([found[key] for found in seen]) for key in seen[0]}))
     curves.append(("ground alone", examine(load(*runs[-1]), args.n, "ground alone", empty=True)))

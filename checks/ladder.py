@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from commands.arguments import Parser, whole
-from files.text import file_digest, read_json_lines
+from files.text import check_target, file_digest, read_json_lines, written_whole
 from scoring.metrics import brevity_penalty, closest_length, largest_counts, ngrams, same_answer, tokenize
 from scoring.scores import score
 
@@ -63,8 +63,13 @@ def train_and_ask(name, seed, scenes, out, steps):
     steps = ["--steps", steps] if steps else []
     train = [*program, "train.py", "--seed", seed, *steps, "--resume", "auto", "--stage"]
     with open(folder / "said.txt", "a") as said:
-        call = lambda *command: subprocess.run(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                               cwd=HERE.parent, stdout=said, stderr=said, check=True)
+        def call(*command):
+            done = subprocess.run(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE.parent,
+                                  stdout=said, stderr=said)
+            if done.returncode:
+                raise ValueError(f"{name}, seed {seed}: exit code {done.returncode}; the last lines of "
+                                 f"{folder / 'said.txt'} say why")
+
         call(*train, 1, *row.flags.split(), "--out", folder / "stage1")
         call(*train, 2, "--init-from", folder / "stage1", "--out", folder / "stage2")
         trained = time.time() - began
@@ -117,7 +122,7 @@ def run_all(args):
 
 
 def read_runs(path):
-    return [run for _, run in read_json_lines(path) if run["frozen"] == frozen()] if path.exists() else []
+    return [run for _, run in read_json_lines(path) if run.get("frozen") == frozen()] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -189,7 +194,8 @@ def draw(runs, path, width=760, step=34):
                 pencil.ellipse([x(value) - 3, y + shift - 3, x(value) + 3, y + shift + 3], fill=color)
             pencil.line([(x(np.mean(scores)), y + shift - 7), (x(np.mean(scores)), y + shift + 7)], fill=color, width=3)
     pencil.text((6, step * (len(names) + 0.7)), "accuracy (blue), BLEU-1 (orange)", "black", font)
-    image.save(path, "PNG")
+    with written_whole(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def main():
@@ -212,6 +218,8 @@ def work(args):
     unknown = [name for name in args.only if name not in ROWS]
     if unknown:
         raise ValueError(f"--only {unknown[0]!r}: expected some of {', '.join(ROWS)}")
+    if args.figure:
+        check_target(args.figure)
     if not args.table:
         run_all(args)
     runs = read_runs(args.results)

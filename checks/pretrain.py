@@ -119,7 +119,7 @@ class CLIP(nn.Module):
 
     def forward(self, images, texts):
         """images (B, 3, H, W), U texts -> logits (B, U): does text j belong to image i?"""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):          # of the time the trunk takes most
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):          # the trunk takes most of the time
             last = self.trunk(images)[-1].float()
         image = F.normalize(self.proj(self.norm(last).mean((2, 3))), dim=-1)
         text = F.normalize(self.text(texts), dim=-1)
@@ -199,7 +199,8 @@ def pretrain_vision(out, n_scenes, steps, batch, seed, start=None):
     # (n, H, W, 3) uint8, of 128 pixels, the image side of the tiny presets
     images = torch.from_numpy(np.stack([make_scene("train", i, 0, 128).image for i in range(n_scenes)]))
     print(f"vision: {n_scenes} scenes drawn", flush=True)
-    words = sorted(set(" ".join(pairs(range(min(n_scenes, 5000)), [0] * 5000)[0]).split()))
+    some = range(min(n_scenes, 5000))
+    words = sorted(set(" ".join(set().union(*map(phrases, some), *map(miscounts, some))).split()))
     model = CLIP(CONVNEXTS["tiny"], words)
     if start:
         fill(model.open_clip_state(), open_tensors(start).items(), start)

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,6 +264,27 @@ def command(model, monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "load_tokenizer", lambda path: ByteTokenizer())
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "a.png")
     return lambda *arguments: run(tmp_path, "--model", "m", *arguments, main=attention.main)
+
+
+def test_the_summary_is_the_mean_over_heads_tokens_and_scenes(command, config, model, capsys):
+    command("--summary", "3")
+    rows = {row.split()[0]: [float(n) for n in row.replace("%", "").split()[1:]]
+            for row in capsys.readouterr().out.splitlines()[1:]}
+    images = torch.stack([to_tensor(load_image(f"scene:test/0/{i}/64")) for i in range(3)])
+    pyramid, grid = model.pyramid(model.vision(images))
+    one_head = [plain_attention(sfi, q, pyramid) for sfi, q in heads_apart(model, grid)]
+    shares = [100 * part.sum(-1).mean().item() for part in torch.stack(one_head).split((64, 16, 4, 1), dim=-1)]
+    cells = torch.stack([(-a * a.clamp(min=1e-30).log()).sum(-1).exp() for a in one_head]).mean().item()
+    assert list(rows) == ["tokens", "0", "2"] and all(abs(sum(row[:4]) - 100) < 0.3 for row in rows.values())
+    assert np.allclose(rows["tokens"], [*shares, cells], atol=0.06)
+
+
+def heads_apart(model, grid):
+    """(an SFI of one head, its queries) for each of the two heads of the first SFI."""
+    sfi, queries = model.tokens.sfi, model.tokens.norm(model.tokens.grid_queries(grid))
+    for q, *keys in zip(sfi.wq.weight.chunk(2), *(wk.weight.chunk(2) for wk in sfi.wk)):
+        layer = lambda weight: lambda x: x @ weight.T
+        yield SimpleNamespace(wq=layer(q), wk=[layer(k) for k in keys], heads=1), queries
 
 
 @pytest.mark.parametrize("layer", ["tokens", "2"])
