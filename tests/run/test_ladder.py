@@ -56,6 +56,8 @@ def test_keys_only_without_codes_is_the_printed_equation():
     expected = sfi.printed(queries, pyramid)
     sfi.__class__ = KeysOnly
     assert torch.allclose(sfi(queries, [torch.cat((x, x), -1) for x in pyramid]), expected, atol=1e-5)
+    nothing = sfi(queries, [torch.cat((x, 0 * x), -1) for x in pyramid])           # values are of the second half alone
+    assert torch.allclose(nothing, sfi.wo(sfi.wq(queries)).expand(2, -1, -1), atol=1e-5)
     maps = [torch.randn(1, 8, 2 * k, 2 * k) for k in (8, 4, 2, 1)]
     both, plain = BothWays((8, 8, 8, 8), 16), Aquila(CONFIG).pyramid
     both.load_state_dict(plain.state_dict())
@@ -78,7 +80,7 @@ def test_figures_are_the_scorers(tmp_path):
             {"image": "a", "type": "count", "prediction": "3", "answer": "2"},
             {"image": "b", "type": "color", "prediction": "Red.", "answer": "red"},
             {"image": "a", "type": "caption", "prediction": "two red ships", "references": ["two red ships on river"]},
-            {"image": "b", "type": "caption", "prediction": "a plane a plane", "references": ["one plane", "planes"]}]
+            {"image": "b", "type": "caption", "prediction": "a plane", "references": ["one big white plane"]}]
     path = tmp_path / "said.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bleu, accuracy = ladder.figures(np.array(ladder.summary(path)["scenes"]))
