@@ -118,7 +118,10 @@ def run_all(args):
         print(f"{task[0]}, seed {task[1]}: {found['seconds']} s, {found['scores']}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, wanted))
+        try:
+            list(pool.map(one, wanted))
+        except KeyboardInterrupt:           # the runs have had it, too, and have saved
+            raise ValueError("interrupted; the same command goes on from the last saved steps") from None
 
 
 def read_runs(path):
