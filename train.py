@@ -70,7 +70,7 @@ RECIPES = {
                             lora=LoRAConfig(rank=64, alpha=16, dropout=0.05))},
     # The tiny parts learn from thousands of samples, not millions: larger steps, and more of them at once.
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
-             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=7200,
+             2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4400,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
@@ -310,8 +310,10 @@ def settings_of(run, args, start, digests):
 
 # ---------------------------------------------------------------------------------------------- data
 
-BUILT_IN = {"aquila": {1: ("chat", "caption"), 2: ("chat", "caption")},
-            "aquila-plus": {1: ("chat", "caption"), 2: ("region chat",), 3: ("region chat", "region", "chat")}}
+# {kind of record of toy.scenes: of how many scenes, in the recipe's}; four scenes of ten have one of places.
+BUILT_IN = {"aquila": {1: {"caption": 1, "places": 10}, 2: {"chat": 1, "caption": 1, "places": 5, "numbers": 2}},
+            "aquila-plus": {1: {"chat": 1, "caption": 1}, 2: {"region chat": 1},
+                            3: {"region chat": 1, "region": 1, "chat": 1}}}
 
 
 def open_data(args, path, config, recipe):
@@ -341,11 +343,11 @@ def share_out(lengths, micro, rank, world):
 
 
 def built_in_records(family, stage, n, size):
-    """Of n train scenes, from number (stage - 1) * n on, a record of every kind above, wordings taking turns."""
+    """A record of every kind above of times * n scenes, from (stage - 1) * times * n on; wordings take turns."""
     found = []
-    for task in BUILT_IN[family][stage]:
+    for task, times in BUILT_IN[family][stage].items():
         by_scene = {}
-        for record in make_records("train", n, task, size=size, start=(stage - 1) * n):
+        for record in make_records("train", times * n, task, size=size, start=(stage - 1) * times * n):
             by_scene.setdefault(record["image"], []).append(record)
         found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
     return found

@@ -238,7 +238,7 @@ def conversation(index, rng):
     texts[0] = f"{texts[0]}\n{SHORT_ANSWER}"
     caption = [str(rng.choice(CAPTION_PROMPTS)), str(rng.choice(captions(key)))]
     texts = caption + texts if rng.random() < 0.5 else texts + caption
-    texts[0] = f"{tell(layout, facts, rng)}\n{texts[0]}"
+    texts[0] = f"{tell(layout, layout.items, rng)}\n{texts[0]}"
     return {"id": str(index), "conversations": take_turns(texts)}
 
 
@@ -253,14 +253,22 @@ def reading_practice(index, rng):
     for item in items:
         noun = f"{item.color} {item.name}"
         texts += [choose(rng, WORDINGS["position"]).format(noun=noun, be="is"), place_in_words(item)]
-    told = tell(make_layout("train", index, 0), list(map(object_in_words, items)), rng)
+    told = tell(make_layout("train", index, 0), items, rng)
     texts[0] = f"{told}\n{texts[0]}\n{SHORT_ANSWER}"
     return {"id": str(index), "conversations": take_turns(texts)}
 
 
-def tell(layout, facts, rng):
-    """The scene in words: "grass with river; red ship top left; ...", the objects in random order."""
-    return "; ".join([land_in_words(layout), *rng.permutation(facts)])
+def tell(layout, items, rng):
+    """
+    The scene in words, object by object or place by place, in random order: "grass with river; red ship top left; ..."
+    or "grass with river; top left: red ship, gray plane; ...".
+    """
+    items, facts = [items[i] for i in rng.permutation(len(items))], {}
+    if rng.random() < 0.5:
+        return "; ".join([land_in_words(layout), *map(object_in_words, items)])
+    for item in items:
+        facts.setdefault(place_in_words(item), []).append(f"{item.color} {item.name}")
+    return "; ".join([land_in_words(layout), *(f"{place}: {', '.join(names)}" for place, names in facts.items())])
 
 
 def place_questions(layout, rng):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from aquila import load_lm, load_model, locate_weights
-from checks.pretrain import object_in_words, tell
+from checks.pretrain import tell
 from commands.arguments import Parser, whole
 from commands.progress import Progress
 from corpora.prompts import SHORT_ANSWER
@@ -29,9 +29,8 @@ def told_records(scenes):
     records = []
     for index in range(scenes):
         key, layout, rng = Key("test", 0, index), make_layout("test", index, 0), np.random.default_rng(index)
-        facts = [object_in_words(item) for item in layout.items]
         for i, (kind, question, answer) in enumerate(questions(key)):
-            asked = f"{tell(layout, facts, rng)}\n{question}\n{SHORT_ANSWER}"
+            asked = f"{tell(layout, layout.items, rng)}\n{question}\n{SHORT_ANSWER}"
             records.append({"id": f"{index}-{i}", "type": kind, "conversations": take_turns([asked, answer])})
     return records
 

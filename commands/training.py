@@ -32,7 +32,8 @@ def parse_args(description):
     add("--images", default=".", help="folder that image paths start from (default: here)")
     add("--skip-bad", type=whole(0), default=0, metavar="N",
         help="leave out up to N records that cannot be read, and say which (default 0: the first one is an error)")
-    add("--scenes", type=whole(1), help="built-in train scenes, when there is no --data (default: the recipe's)")
+    add("--scenes", type=whole(1), help="built-in train scenes, when there is no --data (default: the recipe's); "
+        "of some kinds of record a multiple of them")
     add("--val", help="file of held-back records: their loss goes to the log and the curve")
     add("--val-every", type=whole(1), default=200, help="steps between two such losses (default 200)")
     add("--vision", help="ConvNeXt weights: open_clip, timm or original file (default: the preset's)")

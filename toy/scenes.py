@@ -82,6 +82,14 @@ def shared_place(items):
     return places.pop() if len(places) == 1 else None
 
 
+def placed_groups(layout):
+    """Yields (class, color, count, place) of every group of objects that lie in one fifth."""
+    for (name, color), n in count_objects(layout).items():
+        place = shared_place([item for item in layout.items if (item.name, item.color) == (name, color)])
+        if place:
+            yield name, color, n, place
+
+
 def captions(scene):
     """Five wordings of the facts of a Scene or Key, as headlines: without articles, a blind caption scores low."""
     layout = make_layout(scene.split, scene.index, scene.seed)
@@ -133,15 +141,33 @@ def questions(scene):
     ask("land cover", "land cover", layout.cover)
     if layout.cover != "water" and rng.random() < 0.5:
         ask("land cover", "area", "urban" if layout.cover in URBAN else "rural")
-    places = {group: shared_place([o for o in layout.items if (o.name, o.color) == group]) for group in groups}
-    placed = [group for group in groups if places[group]]
-    for i in rng.permutation(len(placed))[:2]:
-        name, color = placed[i]
-        ask("position", "position", places[name, color], f"{color} {name}", groups[name, color])
+    places = list(placed_groups(layout))
+    for i in rng.permutation(len(places))[:2]:
+        name, color, n, place = places[i]
+        ask("position", "position", place, f"{color} {name}", n)
     plain = [(name, color) for name, color in groups if total[name] == groups[name, color]]
     for i in rng.permutation(len(plain))[:2]:
         name, color = plain[i]
         ask("color", "color", color, name, total[name])
+    return asked
+
+
+def every_place(scene):
+    """As `questions`: where each group is that lies in one fifth. Few scenes have one, and it is hard to learn."""
+    rng, asked = scene_rng(scene, 7), []
+    for name, color, n, place in placed_groups(make_layout(scene.split, scene.index, scene.seed)):
+        noun, be = f"{color} {plural(name, n)}", "is" if n == 1 else "are"
+        asked.append(("position", choose(rng, WORDINGS["position"]).format(noun=noun, be=be), place))
+    return asked
+
+
+def every_number(scene):
+    """As `questions`: how many objects each group has; the color is left out of half the classes of one color."""
+    rng, groups = scene_rng(scene, 8), count_objects(make_layout(scene.split, scene.index, scene.seed))
+    colors, asked = Counter(name for name, _ in groups), []
+    for (name, color), n in groups.items():
+        many = plural(name) if colors[name] == 1 and rng.random() < 0.5 else f"{color} {plural(name)}"
+        asked.append(("count", choose(rng, WORDINGS["count"]).format(many=many), str(n)))
     return asked
 
 
@@ -193,6 +219,8 @@ def make_records(split, n, task, seed=0, size=256, start=0):
     makers = {"caption": caption_records,
               "vqa": lambda key: question_records(key, questions(key), "q"),
               "chat": lambda key: chat_records(key, questions(key), "chat", task, scene_rng(key, 4)),
+              "places": lambda key: chat_records(key, every_place(key), task, "chat", scene_rng(key, 9)),
+              "numbers": lambda key: chat_records(key, every_number(key), task, "chat", scene_rng(key, 10)),
               "region": lambda key: question_records(key, region_questions(key), "r"),
               "region chat": lambda key: chat_records(key, region_questions(key), "regions", task, scene_rng(key, 6))}
     if task not in makers:
@@ -235,6 +263,8 @@ def chat_records(key, asked, name, kind, rng):
     One conversation: up to eight questions in random order, regions numbered as they come up. The format prompt stands
     once and holds for all answers, as in LLaVA-1.5's data. A caption among them would give the later answers away.
     """
+    if not asked:
+        return []
     texts, numbers = [], {}                 # numbers: of an object, in the conversation
     for i in rng.permutation(len(asked))[:8]:
         _, question, answer, *objects = asked[i]

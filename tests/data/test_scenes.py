@@ -19,8 +19,8 @@ import pytest
 from corpora.prompts import SHORT_ANSWER
 from toy import drawing, scenes
 from toy.layout import CLASSES, COLORS, Key
-from toy.scenes import (NUMBERS, captions, make_records, make_scene, open_scene, questions, region_questions,
-                        scene_name)
+from toy.scenes import (NUMBERS, captions, every_number, every_place, make_records, make_scene, open_scene,
+                        questions, region_questions, scene_name)
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 128
@@ -152,7 +152,7 @@ def test_answers_agree_with_a_recount(drawn):
     for scene in drawn:
         asked = questions(scene)
         kinds.update(kind for kind, _, _ in asked)
-        for _, question, said in asked:
+        for _, question, said in asked + every_place(scene) + every_number(scene):
             assert said == answer(question, scene.objects, scene.cover), f"{scene_name(scene)}: {question}"
     assert set(kinds) == {"presence", "count", "comparison", "land cover", "position", "color"}
 
@@ -221,6 +221,10 @@ def test_records_need_no_pixels(monkeypatch):
         assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2) and len(turns) >= 8
         assert [t["value"].count("<image>") for t in turns] == [1] + [0] * (len(turns) - 1)
     json.dumps(vqa)
+    places = make_records("train", 20, "places", size=SIZE)            # none of a scene without a group in one place
+    asked = [len(every_place(Key("train", 0, i, SIZE))) for i in range(20)]
+    assert [len(r["conversations"]) // 2 for r in places] == [n for n in asked if n] and 0 in asked
+    assert len(make_records("train", 20, "numbers", size=SIZE)) == 20
 
 
 def test_names_open_the_scene_they_name():
