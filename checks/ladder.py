@@ -10,8 +10,9 @@ A run is README's: both stages of the tiny preset with their own recipes, one pr
 questions of 300 scenes, of the method with a gray picture, too. A run that was cut off goes on. Each row stands beside
 the one that it is compared with: the difference, and p, twice the share of bootstrap samples in which it has not that
 sign (seeds and scenes drawn with replacement, the same for both rows). With few seeds p says little of other seeds.
-Runs on other frozen weights than those in weights/ are left alone.
+Runs on other frozen weights than those in weights/, or with another recipe, are left alone.
 """
+import hashlib
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from commands.arguments import Parser, whole
 from files.text import check_target, file_digest, read_json_lines, written_whole
 from scoring.metrics import brevity_penalty, closest_length, largest_counts, ngrams, same_answer, tokenize
 from scoring.scores import score
+from train import BUILT_IN, RECIPES
 
 HERE = pathlib.Path(__file__).resolve().parent
 Row = namedtuple("Row", "says beside variant flags", defaults=("whole", ""))       # flags: of stage 1
@@ -78,14 +80,15 @@ def train_and_ask(name, seed, scenes, out, steps):
         if name == "whole":
             call(*ask, folder / "blind.jsonl", "--blind")
     blind = {"blind": summary(folder / "blind.jsonl")["scores"]} if name == "whole" else {}
-    return {"row": name, "seed": seed, "frozen": frozen(), "seconds": round(trained), **summary(folder / "said.jsonl"),
+    return {"row": name, "seed": seed, "basis": basis(), "seconds": round(trained), **summary(folder / "said.jsonl"),
             **blind}
 
 
-def frozen():
-    """What tells one pair of vision encoder and LM from another."""
-    files = "tiny-clip.safetensors", "tiny-llm/model.safetensors"
-    return " ".join(file_digest(HERE.parent / "weights" / name)[:8] for name in files)
+def basis():
+    """What all runs of a table share: vision encoder, LM, recipe and records."""
+    files, recipe = ("tiny-clip.safetensors", "tiny-llm/model.safetensors"), (RECIPES["tiny"], BUILT_IN["aquila"])
+    told = hashlib.sha256(repr(recipe).encode()).hexdigest()
+    return " ".join([*(file_digest(HERE.parent / "weights" / name)[:8] for name in files), told[:8]])
 
 
 def summary(path):
@@ -125,7 +128,7 @@ def run_all(args):
 
 
 def read_runs(path):
-    return [run for _, run in read_json_lines(path) if run.get("frozen") == frozen()] if path.exists() else []
+    return [run for _, run in read_json_lines(path) if run.get("basis") == basis()] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------- the table

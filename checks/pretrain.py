@@ -30,8 +30,8 @@ from llama import LLAMAS, Llama, load_llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD
 from tokenizer import BYTE_OF, IGNORE, load_tokenizer
 from toy.drawing import make_scene
-from toy.layout import Key, choose, make_layout
-from toy.scenes import (CAPTION_PROMPTS, WORDINGS, captions, count_objects, phrase, place_in_fifths, plural, questions,
+from toy.layout import Key, make_layout
+from toy.scenes import (CAPTION_PROMPTS, captions, count_objects, draw_question, phrase, place_in_fifths, questions,
                         region_questions, take_turns)
 from train import optimizer_for
 
@@ -251,8 +251,7 @@ def reading_practice(index, rng):
     items = list({(item.name, item.color): item for item in found}.values())
     items, texts = [items[i] for i in rng.permutation(len(items))[:6]], []
     for item in items:
-        noun = f"{item.color} {item.name}"
-        texts += [choose(rng, WORDINGS["position"]).format(noun=noun, be="is"), place_in_words(item)]
+        texts += [draw_question(rng, "position", f"{item.color} {item.name}", 1), place_in_words(item)]
     told = tell(make_layout("train", index, 0), items, rng)
     texts[0] = f"{told}\n{texts[0]}\n{SHORT_ANSWER}"
     return {"id": str(index), "conversations": take_turns(texts)}
@@ -277,8 +276,7 @@ def place_questions(layout, rng):
     for (name, color), n in count_objects(layout).items():
         places = {place_in_words(item) for item in layout.items if (item.name, item.color) == (name, color)}
         if len(places) == 1:
-            noun, be = f"{color} {plural(name, n)}", "is" if n == 1 else "are"
-            asked.append((choose(rng, WORDINGS["position"]).format(noun=noun, be=be), places.pop()))
+            asked.append((draw_question(rng, "position", f"{color} {name}", n), places.pop()))
     return asked
 
 

@@ -4,8 +4,8 @@ with the LoRA of a trained model.
 
     python -m checks.told --model runs/tiny/stage2 [--scenes 300]
 
-A scene is told as in pretraining ("grass with river; red ship top left; ..."), then one question is asked. The last row
-is the loss a token of the whole text, in nats: an LM that has lost its language shows it there first. Without LoRA the
+A scene is told as in pretraining, object by object or place by place, then one question is asked. The last row is the
+loss a token of the whole text, in nats: an LM that has lost its language shows it there first. Without LoRA the
 model's LM is compared with the published one bit for bit.
 """
 import numpy as np

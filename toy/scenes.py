@@ -115,6 +115,12 @@ def captions(scene):
             f"{verb} {where}{near} {b}{spot}".strip(), turned, f"{cover}{near} with {a}{verb}{spot}"]
 
 
+def draw_question(rng, wording, one="", n=2, **words):
+    """One of the WORDINGS, about n of what is called {one}."""
+    words |= {"one": one, "many": plural(one), "noun": plural(one, n), "be": "is" if n == 1 else "are"}
+    return choose(rng, WORDINGS[wording]).format(**words)
+
+
 def questions(scene):
     """[(type, question, answer)] of all that is asked about the scene, in a fixed order of types."""
     layout, rng, asked = make_layout(scene.split, scene.index, scene.seed), scene_rng(scene, 2), []
@@ -122,8 +128,7 @@ def questions(scene):
     present, absent = [c for c in CLASSES if total[c]], [c for c in CLASSES if not total[c]]
 
     def ask(kind, wording, answer, one="", n=2, **words):
-        words |= {"one": one, "many": plural(one), "noun": plural(one, n), "be": "is" if n == 1 else "are"}
-        asked.append((kind, choose(rng, WORDINGS[wording]).format(**words), answer))
+        asked.append((kind, draw_question(rng, wording, one, n, **words), answer))
 
     presence = [(choose(rng, present), "yes"), (choose(rng, absent), "no")]
     for name, answer in presence if rng.random() < 0.5 else [choose(rng, presence)]:
@@ -154,11 +159,9 @@ def questions(scene):
 
 def every_place(scene):
     """As `questions`: where each group is that lies in one fifth. Few scenes have one, and it is hard to learn."""
-    rng, asked = scene_rng(scene, 7), []
-    for name, color, n, place in placed_groups(make_layout(scene.split, scene.index, scene.seed)):
-        noun, be = f"{color} {plural(name, n)}", "is" if n == 1 else "are"
-        asked.append(("position", choose(rng, WORDINGS["position"]).format(noun=noun, be=be), place))
-    return asked
+    rng, layout = scene_rng(scene, 7), make_layout(scene.split, scene.index, scene.seed)
+    return [("position", draw_question(rng, "position", f"{color} {name}", n), place)
+            for name, color, n, place in placed_groups(layout)]
 
 
 def every_number(scene):
@@ -166,8 +169,8 @@ def every_number(scene):
     rng, groups = scene_rng(scene, 8), count_objects(make_layout(scene.split, scene.index, scene.seed))
     colors, asked = Counter(name for name, _ in groups), []
     for (name, color), n in groups.items():
-        many = plural(name) if colors[name] == 1 and rng.random() < 0.5 else f"{color} {plural(name)}"
-        asked.append(("count", choose(rng, WORDINGS["count"]).format(many=many), str(n)))
+        one = name if colors[name] == 1 and rng.random() < 0.5 else f"{color} {name}"
+        asked.append(("count", draw_question(rng, "count", one), str(n)))
     return asked
 
 
