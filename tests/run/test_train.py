@@ -97,6 +97,16 @@ def test_the_published_recipe_is_the_papers():
     assert (two.lora.rank, two.lora.alpha, two.lora.dropout) == (64, 16, 0.05) and train.BETAS == (0.9, 0.95)
 
 
+def test_built_in_records_are_of_their_share_of_scenes():
+    rows = train.built_in_records("aquila", 2, 8, 128)
+    indices = {kind: [int(row["id"].split("-")[1]) for row in rows if row["id"].endswith(kind)]
+               for kind in ("chat", "places", "numbers")}
+    assert indices["chat"] == list(range(8, 16)) and indices["numbers"] == list(range(16, 32))
+    assert 0 < len(indices["places"]) < 40 and set(indices["places"]) <= set(range(40, 80))
+    first = train.built_in_records("aquila", 1, 8, 128)
+    assert {row["id"].split("-")[2] for row in first} == {"c0", "c1", "c2", "c3", "c4", "places"}
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 def command(*args):
