@@ -6,11 +6,14 @@ several seeds on the built-in scenes and asked about unseen ones.
     python -m checks.ladder --seeds 3 --only concat,whole
     python -m checks.ladder --table --figure ladder.png        # of the runs that are there
 
-A run is README's: both stages of the tiny preset with their own recipes, one process and one thread; then captions and
-questions of 300 scenes, of the method with a gray picture, too. A run that was cut off goes on. Each row stands beside
-the one that it is compared with: the difference, and p, twice the share of bootstrap samples in which it has not that
-sign (seeds and scenes drawn with replacement, the same for both rows). With few seeds p says little of other seeds.
-Runs on other frozen weights than those in weights/, or with another recipe, are left alone.
+A run is README's at half its length: both stages of the tiny preset with their own recipes, over half of the records
+(--epochs 0.5; 1 is README's run), one process and one thread; then captions and questions of 300 scenes, of the method
+with a gray picture, too. All runs share a folder of the frozen encoder's maps. A run that was cut off goes on.
+
+Each row stands beside the one that it is compared with: the difference, and p, twice the share of bootstrap samples in
+which it has not that sign (seeds and scenes drawn with replacement, the same for both rows). With few seeds p says
+little of other seeds. Runs on other frozen weights than those in weights/, with another recipe or of another length,
+are left alone.
 """
 import hashlib
 import json
@@ -26,7 +29,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from commands.arguments import Parser, whole
+from commands.arguments import Parser, real, whole
 from files.text import check_target, file_digest, read_json_lines, written_whole
 from scoring.metrics import brevity_penalty, closest_length, largest_counts, ngrams, same_answer, tokenize
 from scoring.scores import score
@@ -57,13 +60,13 @@ TYPES = ("color", "comparison", "count", "land cover", "position", "presence")
 
 # ---------------------------------------------------------------------------------------------- runs
 
-def train_and_ask(name, seed, scenes, out, steps):
+def train_and_ask(name, seed, args):
     """One run in processes of one thread -> its row for the results file."""
-    row, folder, began = ROWS[name], out / f"{name}-{seed}", time.time()
+    row, folder, began = ROWS[name], args.out / f"{name}-{seed}", time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    program = [sys.executable, "-m", "checks.variants", row.variant]
-    steps = ["--steps", steps] if steps else []
-    train = [*program, "train.py", "--seed", seed, *steps, "--resume", "auto", "--stage"]
+    program = [sys.executable, "-m", "checks.variants", "--maps", args.out / "maps", row.variant]
+    length = ["--steps", args.steps] if args.steps else ["--epochs", args.epochs]
+    train = [*program, "train.py", "--seed", seed, *length, "--resume", "auto", "--stage"]
     with open(folder / "said.txt", "a") as said:
         def call(*command):
             done = subprocess.run(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE.parent,
@@ -75,20 +78,20 @@ def train_and_ask(name, seed, scenes, out, steps):
         call(*train, 1, *row.flags.split(), "--out", folder / "stage1")
         call(*train, 2, "--init-from", folder / "stage1", "--out", folder / "stage2")
         trained = time.time() - began
-        ask = [*program, "evaluate.py", "--model", folder / "stage2", "--scenes", scenes, "--overwrite", "--out"]
+        ask = [*program, "evaluate.py", "--model", folder / "stage2", "--scenes", args.scenes, "--overwrite", "--out"]
         call(*ask, folder / "said.jsonl")
         if name == "whole":
             call(*ask, folder / "blind.jsonl", "--blind")
     blind = {"blind": summary(folder / "blind.jsonl")["scores"]} if name == "whole" else {}
-    return {"row": name, "seed": seed, "basis": basis(), "seconds": round(trained), **summary(folder / "said.jsonl"),
-            **blind}
+    return {"row": name, "seed": seed, "basis": basis(args.epochs), "seconds": round(trained),
+            **summary(folder / "said.jsonl"), **blind}
 
 
-def basis():
-    """What all runs of a table share: vision encoder, LM, recipe and records."""
+def basis(epochs):
+    """What all runs of a table share: vision encoder, LM, recipe and records, and how often these are read."""
     files, recipe = ("tiny-clip.safetensors", "tiny-llm/model.safetensors"), (RECIPES["tiny"], BUILT_IN["aquila"])
     told = hashlib.sha256(repr(recipe).encode()).hexdigest()
-    return " ".join([*(file_digest(HERE.parent / "weights" / name)[:8] for name in files), told[:8]])
+    return " ".join([*(file_digest(HERE.parent / "weights" / name)[:8] for name in files), told[:8], f"{epochs:g}"])
 
 
 def summary(path):
@@ -111,11 +114,11 @@ def summary(path):
 
 
 def run_all(args):
-    done, lock = {(run["row"], run["seed"]) for run in read_runs(args.results)}, Lock()
+    done, lock = {(run["row"], run["seed"]) for run in read_runs(args)}, Lock()
     wanted = [(name, seed) for seed in range(args.seeds) for name in args.only if (name, seed) not in done]
 
     def one(task):
-        found = train_and_ask(*task, args.scenes, args.out, args.steps)
+        found = train_and_ask(*task, args)
         with lock, open(args.results, "a") as file:
             file.write(json.dumps(found) + "\n")
         print(f"{task[0]}, seed {task[1]}: {found['seconds']} s, {found['scores']}", flush=True)
@@ -127,8 +130,9 @@ def run_all(args):
             raise ValueError("interrupted; the same command goes on from the last saved steps") from None
 
 
-def read_runs(path):
-    return [run for _, run in read_json_lines(path) if run.get("basis") == basis()] if path.exists() else []
+def read_runs(args):
+    rows, wanted = read_json_lines(args.results) if args.results.exists() else (), basis(args.epochs)
+    return [run for _, run in rows if run.get("basis") == wanted]
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -212,6 +216,7 @@ def main():
         help=f"default: the first four of {', '.join(ROWS)}")
     add("--scenes", type=whole(1), default=300, help="of the test split (default 300)")
     add("--steps", type=whole(1), help="of each stage, for a short try with its own --out and --results")
+    add("--epochs", type=real(1e-3, 10), default=0.5, help="of each stage (default 0.5)")
     add("--jobs", type=whole(1, 100), default=2, help="runs at a time (default 2)")
     add("--out", type=pathlib.Path, default="runs/ladder", help="folder of the runs (default runs/ladder)")
     add("--results", type=pathlib.Path, default=HERE / "ladder.jsonl", help="file of results (default: the committed)")
@@ -228,9 +233,9 @@ def work(args):
         check_target(args.figure)
     if not args.table:
         run_all(args)
-    runs = read_runs(args.results)
+    runs = read_runs(args)
     if not runs:
-        raise ValueError(f"{args.results} holds no run with these weights yet; leave --table out")
+        raise ValueError(f"{args.results} holds no run of this length with these weights yet; leave --table out")
     table(runs)
     if args.figure:
         draw(runs, args.figure)

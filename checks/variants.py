@@ -7,18 +7,22 @@ The method with one thing changed: what checks.ladder trains beside it. A varian
 A variant is a function like aquila.assemble: config, vision encoder, LM -> model. "whole" is the method itself.
 """
 import dataclasses
+import pathlib
 import sys
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 import aquila
+import data
 import evaluate
 import train
 from aquila import Aquila, MDALayer
 from commands.arguments import Parser
-from convnext import STRIDES
+from convnext import STRIDES, load_convnext
+from files.text import written_whole
 from sfi import SFI, ImageTokens, Pyramid, position_codes, window_partition
 
 
@@ -169,14 +173,49 @@ VARIANTS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------- kept maps
+
+def keep_maps(folder):
+    """
+    From now on a built-in scene of the tiny preset is drawn and encoded once, by whatever run comes first: its four
+    maps lie in `folder`, 240 KB a scene, and go through the batch in the place of its pixels. The vision encoder is
+    frozen, so a run learns the same, but for the last bits (images are encoded one by one).
+    """
+    config, draw = aquila.PRESETS["tiny"], data.load_pixels
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = load_convnext(aquila.locate_weights(config.vision_file, "vision encoder"))
+    shapes = [(config.image_size // stride, config.image_size // stride, c)
+              for stride, c in zip(STRIDES, config.vision.dims)]
+    sizes = [rows * cols * c for rows, cols, c in shapes]
+
+    def load_maps(record, root, config, blind=False):
+        name = "gray" if blind else record["image"].removeprefix("scene:").replace("/", "-")
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            images, _ = draw(record, root, config, blind)
+            with torch.no_grad():
+                maps = [x.permute(0, 2, 3, 1).flatten() for x in vision(images)]
+            with written_whole(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, torch.cat(maps).numpy())
+        return torch.from_numpy(np.load(path))[None], torch.zeros(0, config.image_size, config.image_size)
+
+    def unpack(model, images):
+        return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(images.split(sizes, dim=1), shapes)]
+
+    data.load_pixels, aquila.Aquila.encode_images = load_maps, unpack
+
+
 def main():
     programs = {"train.py": train.main, "evaluate.py": evaluate.main}
     parser = Parser(prog="python -m checks.variants", description=__doc__)
+    parser.add_argument("--maps", type=pathlib.Path, help="folder of built-in scenes' maps, kept for runs to come")
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("program", choices=programs)
     parser.add_argument("flags", nargs="...", help="of the program")
 
     def run(args):
+        if args.maps:
+            keep_maps(args.maps)
         aquila.assemble = VARIANTS[args.variant]               # where aquila.build and aquila.load_config look it up
         sys.argv = [args.program, *args.flags]
         programs[args.program]()
