@@ -66,7 +66,7 @@ def train_and_ask(name, seed, args):
     folder.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, "-m", "checks.variants", "--maps", args.out / "maps", row.variant]
     length = ["--steps", args.steps] if args.steps else ["--epochs", args.epochs]
-    train = [*program, "train.py", "--seed", seed, *length, "--resume", "auto", "--stage"]
+    train = [*program, "train.py", "--micro", 8, "--seed", seed, *length, "--resume", "auto", "--stage"]
     with open(folder / "said.txt", "a") as said:
         def call(*command):
             done = subprocess.run(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE.parent,
