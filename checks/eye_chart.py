@@ -3,12 +3,18 @@ An eye chart: how small may an object be? One object of 2, 4, 8, 16 or 32 pixels
 tiny model says of it: its class, its color, and whether it is there.
 
     python -m checks.eye_chart --rows concat,sfi,whole         # of checks.ladder, all seeds in runs/ladder
-    python -m checks.eye_chart --model runs/tiny/stage2
+    python -m checks.eye_chart --rows whole,without-4,without-8 --seeds 1
+    python -m checks.eye_chart --model runs/tiny/stage2 --teach 0
     python -m checks.eye_chart --chart chart.png               # the chart itself
+
+In the built-in scenes a class has one size. So a model is taught before it is asked: stage 2 goes on for --teach steps
+with charts of other objects, of all five sides. What it cannot say then, it cannot read from the maps that it has. The
+vision encoder, which is frozen, has seen the sizes of the scenes only.
 
 The class is right if a caption names it and no other class; half of the questions "Is there a ...?" are about a class
 that is absent. The last row is the last model, shown the ground without the object: water gives a ship away.
 """
+import contextlib
 import math
 import pathlib
 
@@ -17,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import aquila
-from aquila import load_model, locate_weights
+from aquila import load_model, locate_weights, set_stage
 from checks.ladder import ROWS
 from checks.variants import VARIANTS
 from commands.arguments import Parser, whole
@@ -25,12 +31,14 @@ from commands.progress import Progress
 from corpora.prompts import IMAGE_LINE, SHORT_ANSWER
 from data import collate, encode_record
 from files.text import check_target, written_whole
+from lora import merge_lora
 from pictures.image_files import to_tensor
 from scoring.metrics import same_answer, tokenize
 from tokenizer import load_tokenizer
 from toy.drawing import draw_scene
 from toy.layout import CLASSES, COLORS, CONTRAST, GROUNDS, PALETTES, Item, Key, Layout
 from toy.scenes import CAPTION_PROMPTS, WORDINGS, plural, take_turns
+from train import RECIPES, learning_rate, optimizer_for, train_step
 
 SIDES = (32, 16, 8, 4, 2)                   # of the object's length, in pixels
 USUAL = {"storage tank": 0.112, "building": 0.172, "plane": 0.182, "ship": 0.172, "vehicle": 0.052}  # length in scenes
@@ -67,15 +75,16 @@ def chart_image(index, side, size, empty=False):
 
 
 def asked_about(index, side, size):
-    """[(figure, question, right(answer))] of one scene."""
+    """[(figure, question, answer, right(another answer))] of one scene."""
     item, = chart_layout(index, side, size).items
     others = [name for name in CLASSES if name != item.name]
     there = index // len(CLASSES) % 2 == 0
     name = item.name if there else others[index // (2 * len(CLASSES)) % 4]
     ask = lambda kind, **words: f"{WORDINGS[kind][0].format(**words)}\n{SHORT_ANSWER}"
-    return [("class", CAPTION_PROMPTS[0], lambda text: names(text) == {item.name}),
-            ("color", ask("color", noun=item.name, be="is"), lambda text: same_answer(text, item.color)),
-            ("presence", ask("presence", one=name), lambda text: same_answer(text, "yes" if there else "no"))]
+    yes = "yes" if there else "no"
+    return [("class", CAPTION_PROMPTS[0], f"one {item.color} {item.name}", lambda text: names(text) == {item.name}),
+            ("color", ask("color", noun=item.name, be="is"), item.color, lambda text: same_answer(text, item.color)),
+            ("presence", ask("presence", one=name), yes, lambda text: same_answer(text, yes))]
 
 
 def names(text):
@@ -84,29 +93,55 @@ def names(text):
     return {name for name in CLASSES if f" {name} " in text or f" {plural(name)} " in text}
 
 
-def examine(model, n, label, empty=False):
+def read_charts(charts, model, tokenizer, answers=False, empty=False):
+    """[(index, side)] -> a batch of their questions, with answers to learn or without, and [(figure, right)] of it."""
+    c, rows, checks = model.config, [], []
+    for number, (index, side) in enumerate(charts):
+        image = to_tensor(Image.fromarray(chart_image(index, side, c.image_size, empty)))
+        for figure, question, answer, right in asked_about(index, side, c.image_size):
+            record = {"id": "", "image": "", "conversations": take_turns([IMAGE_LINE + question, answer])}
+            row = encode_record(record, tokenizer, c.chat, c.tokens_per_image, c.max_len, answers)
+            rows.append({**row, "images": [image], "files": [number]})
+            checks.append((figure, right))
+    return collate(rows), checks
+
+
+def teach(model, steps, tokenizer, label, batch=16, first=100_000):
+    """Stage 2 goes on with charts from number `first` on, of all sides."""
+    torch.manual_seed(0)
+    recipe, params, rng = RECIPES["tiny"][2], list(set_stage(model, 2).values()), np.random.default_rng(0)
+    optimizer, progress = optimizer_for(params, recipe.decay), Progress(f"{label}, taught", steps)
+    for step in range(steps):
+        charts = [(first + step * batch + i, SIDES[rng.integers(len(SIDES))]) for i in range(batch)]
+        learned, _ = read_charts(charts, model.train(), tokenizer, answers=True)
+        lr = learning_rate(step, steps, recipe.lr, recipe.warmup)
+        train_step(model, optimizer, [{**learned, "draw": step}], params, lr, contextlib.nullcontext())
+        progress.show(step + 1)
+
+
+@torch.no_grad()
+def examine(model, n, tokenizer, label, empty=False):
     """-> {(figure, side): right answers in percent}."""
-    c, found = model.config, {}
-    tokenizer, progress = load_tokenizer(locate_weights(c.llm_dir, "language model")), Progress(label, n * len(SIDES))
+    found, progress = {}, Progress(label, n * len(SIDES))
     for number, side in enumerate(SIDES):
         for start in range(0, n, 16):
-            rows, checks = [], []
-            for index in range(start, min(start + 16, n)):
-                image = to_tensor(Image.fromarray(chart_image(index, side, c.image_size, empty)))
-                for figure, question, right in asked_about(index, side, c.image_size):
-                    record = {"id": "", "image": "", "conversations": take_turns([IMAGE_LINE + question, "?"])}
-                    row = encode_record(record, tokenizer, c.chat, c.tokens_per_image, c.max_len, answer=False)
-                    rows.append({**row, "images": [image], "files": [index]})
-                    checks.append((figure, right))
-            for (figure, right), text in zip(checks, model.answer(collate(rows), tokenizer, max_new_tokens=48)):
+            charts = [(index, side) for index in range(start, min(start + 16, n))]
+            batch, checks = read_charts(charts, model, tokenizer, empty=empty)
+            for (figure, right), text in zip(checks, model.answer(batch, tokenizer, max_new_tokens=48)):
                 found.setdefault((figure, side), []).append(right(text))
-            progress.show(number * n + min(start + 16, n))
+            progress.show(number * n + start + len(charts))
     return {key: 100 * np.mean(values) for key, values in found.items()}
 
 
-def load(variant, folder):
+def load(variant, folder, steps, label):
+    """-> a run's model, taught, and its tokenizer."""
     aquila.assemble = VARIANTS[variant]
-    return load_model(folder, merge=True)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(locate_weights(model.config.llm_dir, "language model"))
+    if steps:
+        teach(model, steps, tokenizer, label)
+    merge_lora(model.llm)
+    return model.eval(), tokenizer
 
 
 def runs_of(args):
@@ -117,7 +152,7 @@ def runs_of(args):
     for name in args.rows:
         if name not in ROWS:
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(ROWS)}")
-        folders = sorted(args.runs.glob(f"{name}-[0-9]*/stage2/model.safetensors"))
+        folders = sorted(args.runs.glob(f"{name}-[0-9]*/stage2/model.safetensors"))[:args.seeds]
         if not folders:
             raise ValueError(f"no run of {name} in {args.runs}; python -m checks.ladder --only {name} trains some")
         found.append((ROWS[name].says, [(ROWS[name].variant, path.parent) for path in folders]))
@@ -168,7 +203,6 @@ def draw_chart(path, size=128):
         image.save(temporary, "PNG")
 
 
-@torch.no_grad()
 def work(args):
     check_target(args.chart or args.out)
     if args.chart:
@@ -177,9 +211,12 @@ def work(args):
     if len(rows) >= len(LINES):
         raise ValueError(f"{len(rows)} rows or models: at most {len(LINES) - 1} can be told apart in one figure")
     for label, runs in rows:
-        seen = [examine(load(*run), args.n, label) for run in runs]
+        seen = []
+        for run in runs:
+            model, tokenizer = load(*run, args.teach, label)
+            seen.append(examine(model, args.n, tokenizer, label))
         curves.append((label, {key: np.mean([found[key] for found in seen]) for key in seen[0]}))
-    curves.append(("ground alone", examine(load(*runs[-1]), args.n, "ground alone", empty=True)))
+    curves.append(("ground alone", examine(model, args.n, tokenizer, "ground alone", empty=True)))
     print("| | " + " | ".join(f"{figure} {side}" for figure in FIGURES for side in SIDES) + " |")
     print("|---|" + "--:|" * (len(FIGURES) * len(SIDES)))
     for label, found in curves:
@@ -193,6 +230,8 @@ def main():
     add("--rows", type=lambda text: text.split(","), default=list(ROWS)[:4], help="of checks.ladder (default: Table 5)")
     add("--runs", type=pathlib.Path, default=pathlib.Path("runs/ladder"), help="their folder (default runs/ladder)")
     add("--model", action="append", help="a folder that train.py wrote, instead of rows; may be given again")
+    add("--seeds", type=whole(1), help="the first N runs of a row (default: all)")
+    add("--teach", type=whole(0), default=150, metavar="STEPS", help="before a model is asked (default 150)")
     add("-n", type=whole(1), default=300, help="scenes a side (default 300)")
     add("--out", type=pathlib.Path, default=pathlib.Path("eye_chart.png"), help="figure (default eye_chart.png)")
     add("--chart", type=pathlib.Path, help="ask nobody, draw the chart into this PNG")

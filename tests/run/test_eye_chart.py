@@ -36,7 +36,7 @@ def test_a_small_object_is_there_and_nothing_beyond_it_is(side, monkeypatch):
 
 def test_no_answer_is_likelier_than_another():
     asked = [eye_chart.asked_about(index, 8, 128) for index in range(200)]
-    present = Counter((question, right("yes")) for _, _, (_, question, right) in asked)
+    present = Counter((question, right("yes")) for _, _, (_, question, _, right) in asked)
     assert len(present) == 2 * len(CLASSES) and set(present.values()) == {20}
     colors = Counter(eye_chart.chart_layout(index, 8, 128).items[0].color for index in range(200))
     assert max(colors.values()) < 0.35 * 200
@@ -45,5 +45,5 @@ def test_no_answer_is_likelier_than_another():
 def test_a_caption_must_name_its_class_and_no_other():
     assert eye_chart.names("two red ships on river") == {"ship"}
     assert eye_chart.names("One storage tank with a plane.") == {"storage tank", "plane"}
-    right = eye_chart.asked_about(0, 8, 128)[0][2]
+    right = eye_chart.asked_about(0, 8, 128)[0][3]
     assert right("one red storage tank over sand") and not right("one storage tank and one ship")
