@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from aquila import IMAGE_SLOT, PRESETS, Aquila
+import data
+from aquila import IMAGE_SLOT, PRESETS, Aquila, build
 from checks import ladder
-from checks.variants import VARIANTS, BothWays, KeysOnly
+from checks.variants import VARIANTS, BothWays, KeysOnly, keep_maps
 from convnext import ConvNeXtConfig
 from llama import LlamaConfig
 from scoring.scores import score
 from sfi import SFI
+from tokenizer import load_tokenizer
+from toy.scenes import make_records
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vision=ConvNeXtConfig((1, 1, 1, 1), (8, 8, 8, 8)), image_size=64, dim=16,
                              llm=LlamaConfig(dim=16, n_layers=4, n_heads=2, n_kv_heads=1, ffn_dim=32, vocab_size=40))
@@ -73,6 +76,22 @@ def test_a_scale_left_out_is_not_seen(left_out):
     total = tokens.sum() + model.mda["0"](tokens, pyramid).sum()
     seen = [x.grad is not None and bool(x.grad.any()) for x in maps] if total.backward() is None else []
     assert seen == [scale != left_out for scale in range(4)]
+
+
+@torch.no_grad()
+def test_kept_maps_give_the_same_answers(tmp_path, monkeypatch):
+    for place, name in ((data, "load_pixels"), (Aquila, "encode_images")):
+        monkeypatch.setattr(place, name, getattr(place, name))                     # put back afterwards
+    model = build(PRESETS["tiny"]).eval()
+    records = make_records("train", 3, "chat", size=128)
+    rows = data.Records(records, ".", load_tokenizer(model.config.llm_dir), model.config)
+    read = lambda: model(data.collate([rows[i] for i in range(3)]))[1]
+    expected = read()
+    keep_maps(tmp_path)
+    first, again = read(), read()
+    assert torch.allclose(first, expected, atol=1e-4) and torch.equal(first, again)
+    rows.records = [*records[1:], records[0]]                                      # other scenes, other maps
+    assert len(list(tmp_path.iterdir())) == 3 and not torch.allclose(read(), expected, atol=1e-2)
 
 
 def test_figures_are_the_scorers(tmp_path):
