@@ -16,11 +16,13 @@ commands/training.py.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import pathlib
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -345,11 +347,15 @@ def share_out(lengths, micro, rank, world):
 def built_in_records(family, stage, n, size):
     """A record of every kind above of times * n scenes, from (stage - 1) * times * n on; wordings take turns."""
     found = []
-    for task, times in BUILT_IN[family][stage].items():
-        by_scene = {}
-        for record in make_records("train", times * n, task, size=size, start=(stage - 1) * times * n):
-            by_scene.setdefault(record["image"], []).append(record)
-        found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
+    with ProcessPoolExecutor(initializer=ignore_signals, initargs=(0,)) as pool:   # some 0.2 ms a scene
+        parts = {task: pool.map(partial(make_records, "train", n, task, 0, size),
+                                [(stage - 1) * times * n + i * n for i in range(times)])
+                 for task, times in BUILT_IN[family][stage].items()}
+        for records in parts.values():
+            by_scene = {}
+            for record in itertools.chain.from_iterable(records):
+                by_scene.setdefault(record["image"], []).append(record)
+            found += [group[i % len(group)] for i, group in enumerate(by_scene.values())]
     return found
 
 

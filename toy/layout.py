@@ -26,6 +26,10 @@ URBAN = ("concrete", "asphalt", "suburb")
 # Half width or radius: the least, and how much more; height of the waves.
 FEATURES = {"river": (0.085, 0.03, 0.05), "road": (0.042, 0, 0), "runway": (0.085, 0, 0), "lawn": (0.1, 0.04, 0),
             "lake": (0.2, 0.06, 0.1), "island": (0.15, 0.06, 0.12), "beach": (0, 0, 0.02), None: (0, 0, 0)}
+# Least length and how much more; the same of widths, where an object is not as wide as long.
+LENGTHS = {"storage tank": (0.1, 0.025), "plane": (0.165, 0.035), "ship": (0.155, 0.035), "vehicle": (0.09, 0),
+           "building": (0.135, 0.075)}
+WIDTHS = {"ship": (0.055, 0.013), "vehicle": (0.045, 0), "building": (0.105, 0.04)}
 CONTRAST = 78                               # least distance in RGB between an object's color and the ground below it
 STREETS = 0.3                               # from one street of a suburb to the next
 
@@ -147,9 +151,8 @@ def place_class(rng, layout, name, count, may_mix):
 def propose(rng, layout, name, color, heading, under, inside):
     """One object of the class at a random place that may do; fits() decides."""
     a, b, x, y, t, variant = rng.random(6).tolist()
-    length, width = {"storage tank": (0.1 + 0.025 * a,) * 2, "plane": (0.165 + 0.035 * a,) * 2,
-                     "ship": (0.155 + 0.035 * a, 0.055 + 0.013 * b), "vehicle": (0.09, 0.045),
-                     "building": (0.135 + 0.075 * a, 0.105 + 0.04 * b)}[name]
+    length = LENGTHS[name][0] + LENGTHS[name][1] * a
+    width = WIDTHS[name][0] + WIDTHS[name][1] * b if name in WIDTHS else length
     f, angle = layout.feature, heading + 0.12 * (t - 0.5)
     if layout.cover == "suburb" and name != "ship":
         if name == "building":
@@ -190,7 +193,7 @@ def fits(layout, item, under, inside):
     if layout.feature:
         reach = 0.45 * item.length if item.name == "ship" or under == "road" else 0         # long: its ends, no circle
         clear = 0 if inside and under == "road" else (item.width / 2 if reach else item.radius) + 0.012
-        for step in (-reach, 0, reach):
+        for step in {-reach, 0, reach}:
             depth = layout.feature.depth(item.x + step * math.cos(item.angle), item.y + step * math.sin(item.angle))
             if (depth if inside else -depth) < clear:
                 return False
