@@ -17,6 +17,8 @@ that is absent. The last row is the last model, shown the ground without the obj
 import contextlib
 import math
 import pathlib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ USUAL = {"storage tank": 0.112, "building": 0.172, "plane": 0.182, "ship": 0.172
 SLIM = {"storage tank": 1, "building": 0.75, "plane": 1, "ship": 0.36, "vehicle": 0.5}         # width over length
 FIGURES = ("class", "color", "presence")
 LINES = ((0, 0, 0), (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
-         (150, 150, 150))                   # Okabe and Ito's colors, told apart by the color-blind, too
+         (240, 228, 66), (150, 150, 150))   # Okabe and Ito's colors, told apart by the color-blind, too
 
 
 def chart_layout(index, side, size):
@@ -133,6 +135,17 @@ def examine(model, n, tokenizer, label, empty=False):
     return {key: 100 * np.mean(values) for key, values in found.items()}
 
 
+def curves_of(args, row):
+    """A row -> [(label, what `examine` found, the mean over its runs)]; the last row, the ground alone, too."""
+    label, runs, last = row
+    seen = []
+    for run in runs:
+        model, tokenizer = load(*run, args.teach, label)
+        seen.append(examine(model, args.n, tokenizer, label))
+    found = [(label, {key: np.mean([one[key] for one in seen]) for key in seen[0]})]
+    return [*found, ("ground alone", examine(model, args.n, tokenizer, "ground alone", empty=True))] if last else found
+
+
 def load(variant, folder, steps, label):
     """-> a run's model, taught, and its tokenizer."""
     aquila.assemble = VARIANTS[variant]
@@ -207,16 +220,12 @@ def work(args):
     check_target(args.chart or args.out)
     if args.chart:
         return draw_chart(args.chart)
-    rows, curves = runs_of(args), []
+    rows = runs_of(args)
     if len(rows) >= len(LINES):
         raise ValueError(f"{len(rows)} rows or models: at most {len(LINES) - 1} can be told apart in one figure")
-    for label, runs in rows:
-        seen = []
-        for run in runs:
-            model, tokenizer = load(*run, args.teach, label)
-            seen.append(examine(model, args.n, tokenizer, label))
-        curves.append((label, {key: np.mean([found[key] for found in seen]) for key in seen[0]}))
-    curves.append(("ground alone", examine(model, args.n, tokenizer, "ground alone", empty=True)))
+    tasks = [(*row, row is rows[-1]) for row in rows]
+    with ProcessPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        curves = [curve for found in pool.map(partial(curves_of, args), tasks) for curve in found]
     print("| | " + " | ".join(f"{figure} {side}" for figure in FIGURES for side in SIDES) + " |")
     print("|---|" + "--:|" * (len(FIGURES) * len(SIDES)))
     for label, found in curves:
@@ -231,7 +240,8 @@ def main():
     add("--runs", type=pathlib.Path, default=pathlib.Path("runs/ladder"), help="their folder (default runs/ladder)")
     add("--model", action="append", help="a folder that train.py wrote, instead of rows; may be given again")
     add("--seeds", type=whole(1), help="the first N runs of a row (default: all)")
-    add("--teach", type=whole(0), default=150, metavar="STEPS", help="before a model is asked (default 150)")
+    add("--teach", type=whole(0), default=200, metavar="STEPS", help="before a model is asked (default 200)")
+    add("--jobs", type=whole(1, 100), default=2, help="models at a time, a core each (default 2)")
     add("-n", type=whole(1), default=300, help="scenes a side (default 300)")
     add("--out", type=pathlib.Path, default=pathlib.Path("eye_chart.png"), help="figure (default eye_chart.png)")
     add("--chart", type=pathlib.Path, help="ask nobody, draw the chart into this PNG")
