@@ -312,7 +312,7 @@ def settings_of(run, args, start, digests):
 
 # ---------------------------------------------------------------------------------------------- data
 
-# {kind of record of toy.scenes: of how many scenes, in the recipe's}; four scenes of ten have one of places.
+# {kind of record of toy.scenes: from how many times the recipe's scenes}; four scenes in ten give one of places.
 BUILT_IN = {"aquila": {1: {"caption": 1, "places": 10}, 2: {"chat": 1, "caption": 1, "places": 5, "numbers": 2}},
             "aquila-plus": {1: {"chat": 1, "caption": 1}, 2: {"region chat": 1},
                             3: {"region chat": 1, "region": 1, "chat": 1}}}
@@ -345,13 +345,16 @@ def share_out(lengths, micro, rank, world):
 
 
 def built_in_records(family, stage, n, size):
-    """A record of every kind above of times * n scenes, from (stage - 1) * times * n on; wordings take turns."""
+    """
+    Of every kind above one record a scene, of times * n scenes from number (stage - 1) * times * n on; where a scene
+    has several, they take turns.
+    """
     found = []
     with ProcessPoolExecutor(initializer=ignore_signals, initargs=(0,)) as pool:   # some 0.2 ms a scene
-        parts = {task: pool.map(partial(make_records, "train", n, task, 0, size),
-                                [(stage - 1) * times * n + i * n for i in range(times)])
-                 for task, times in BUILT_IN[family][stage].items()}
-        for records in parts.values():
+        parts = [pool.map(partial(make_records, "train", n, task, 0, size),
+                          [(stage - 1) * times * n + i * n for i in range(times)])
+                 for task, times in BUILT_IN[family][stage].items()]
+        for records in parts:
             by_scene = {}
             for record in itertools.chain.from_iterable(records):
                 by_scene.setdefault(record["image"], []).append(record)

@@ -7,9 +7,9 @@ tiny model says of it: its class, its color, and whether it is there.
     python -m checks.eye_chart --model runs/tiny/stage2 --teach 0
     python -m checks.eye_chart --chart chart.png               # the chart itself
 
-In the built-in scenes a class has one size. So a model is taught before it is asked: stage 2 goes on for --teach steps
-with charts of other objects, of all five sides. What it cannot say then, it cannot read from the maps that it has. The
-vision encoder, which is frozen, has seen the sizes of the scenes only.
+In the built-in scenes objects of a class are of about one size. So a model is taught before it is asked: stage 2 goes
+on for --teach steps with charts of other objects, of all five sides. The vision encoder stays frozen, and has learned
+from the sizes of the scenes only.
 
 The class is right if a caption names it and no other class; half of the questions "Is there a ...?" are about a class
 that is absent. The last row is the last model, shown the ground without the object: water gives a ship away.
@@ -242,7 +242,7 @@ def main():
     add("--seeds", type=whole(1), help="the first N runs of a row (default: all)")
     add("--teach", type=whole(0), default=200, metavar="STEPS", help="before a model is asked (default 200)")
     add("--jobs", type=whole(1, 100), default=2, help="models at a time, a core each (default 2)")
-    add("-n", type=whole(1), default=300, help="scenes a side (default 300)")
+    add("-n", type=whole(1), default=300, help="scenes for each size (default 300)")
     add("--out", type=pathlib.Path, default=pathlib.Path("eye_chart.png"), help="figure (default eye_chart.png)")
     add("--chart", type=pathlib.Path, help="ask nobody, draw the chart into this PNG")
     parser.run(work)

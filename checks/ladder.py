@@ -10,10 +10,10 @@ A run is README's at half its length: both stages of the tiny preset with their 
 (--epochs 0.5; 1 is README's run), one process and one thread; then captions and questions of 300 scenes, of the method
 with a gray picture, too. All runs share a folder of the frozen encoder's maps. A run that was cut off goes on.
 
-Each row stands beside the one that it is compared with: the difference, and p, twice the share of bootstrap samples in
-which it has not that sign (seeds and scenes drawn with replacement, the same for both rows). With few seeds p says
-little of other seeds. Runs on other frozen weights than those in weights/, with another recipe or of another length,
-are left alone.
+Each row stands beside the one that it is compared with: the difference, and p, twice the share of bootstrap samples
+whose difference is zero or has the other sign, at least 0.001 (seeds and scenes are drawn with replacement, the same
+for both rows). With few seeds p says little of other seeds. The table is of runs of one length and one number of
+scenes, on the weights in weights/ and with today's recipe; others in the file of results are left alone.
 """
 import hashlib
 import json
@@ -47,11 +47,12 @@ ROWS = {
     **{name: Row(says, "whole", name) for name, says in {
         "no-look": "MDA with the pyramid set to zero", "without-4": "without the map of stride 4",
         "without-8": "without stride 8", "without-16": "without stride 16", "without-32": "without stride 32",
-        "keys-only": "position codes in keys only", "learned-places": "learned places in the window, no codes",
-        "no-norms": "no norms", "no-norm-before": "no norm before the projectors", "no-norm-cells": "no norm of cells",
+        "keys-only": "cells' position codes in keys only",
+        "learned-places": "learned places in the window, no cell codes", "no-norms": "none of the three norms",
+        "no-norm-before": "no norm before the projectors", "no-norm-cells": "no norm of cells",
         "no-norm-queries": "no norm of queries", "heads-1": "1 head", "heads-16": "16 heads",
-        "bare": "no norms and 1 head"}.items()},
-    # After a layer is before the next; after the last, image positions are read no more. So this is both.
+        "bare": "none of the three norms, 1 head"}.items()},
+    # MDA after layer i is MDA before layer i + 1; after the last, nothing reads image positions. So this row is both.
     "mda-after": Row("MDA after layers instead of before; not before layer 0", "whole", "whole", "--mda-layers 1,2,3"),
     "mda-two": Row("MDA before layers 0 and 2", "whole", "whole", "--mda-layers 0,2"),
 }
@@ -83,15 +84,16 @@ def train_and_ask(name, seed, args):
         if name == "whole":
             call(*ask, folder / "blind.jsonl", "--blind")
     blind = {"blind": summary(folder / "blind.jsonl")["scores"]} if name == "whole" else {}
-    return {"row": name, "seed": seed, "basis": basis(args.epochs), "seconds": round(trained),
+    return {"row": name, "seed": seed, "basis": basis(args), "seconds": round(trained),
             **summary(folder / "said.jsonl"), **blind}
 
 
-def basis(epochs):
-    """What all runs of a table share: vision encoder, LM, recipe and records, and how often these are read."""
+def basis(args):
+    """What all runs of a table share: vision encoder, LM, recipe and records, and the length of both stages."""
     files, recipe = ("tiny-clip.safetensors", "tiny-llm/model.safetensors"), (RECIPES["tiny"], BUILT_IN["aquila"])
     told = hashlib.sha256(repr(recipe).encode()).hexdigest()
-    return " ".join([*(file_digest(HERE.parent / "weights" / name)[:8] for name in files), told[:8], f"{epochs:g}"])
+    length = f"{args.steps} steps" if args.steps else f"{args.epochs:g}"
+    return " ".join([*(file_digest(HERE.parent / "weights" / name)[:8] for name in files), told[:8], length])
 
 
 def summary(path):
@@ -131,8 +133,8 @@ def run_all(args):
 
 
 def read_runs(args):
-    rows, wanted = read_json_lines(args.results) if args.results.exists() else (), basis(args.epochs)
-    return [run for _, run in rows if run.get("basis") == wanted]
+    rows, wanted = read_json_lines(args.results) if args.results.exists() else (), basis(args)
+    return [run for _, run in rows if run.get("basis") == wanted and len(run["scenes"]) == args.scenes]
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -169,7 +171,7 @@ def table(runs):
             continue
         own, cells = by_row[name], []
         for column in columns:
-            values = [run["scores"][column] for run in own.values()]
+            values = [run["scores"].get(column, np.nan) for run in own.values()]          # of few scenes none has some
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 and column in columns[:2] else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
         cells.append(row.beside or "")
@@ -180,7 +182,7 @@ def table(runs):
         print(f"| {row.says} (`{name}`) | {len(own)} | " + " | ".join(cells) + " |")
     blind = [run["blind"] for run in runs if "blind" in run]
     if blind:
-        means = " | ".join(f"{np.mean([scores[column] for scores in blind]):.1f}" for column in columns)
+        means = " | ".join(f"{np.mean([scores.get(column, np.nan) for scores in blind]):.1f}" for column in columns)
         print(f"| the method, shown a gray picture | {len(blind)} | {means} |")
 
 
@@ -211,14 +213,14 @@ def draw(runs, path, width=760, step=34):
 def main():
     parser = Parser(prog="python -m checks.ladder", description=__doc__)
     add = parser.add_argument
-    add("--seeds", type=whole(1, 100), default=3, help="0 to N-1 (default 3)")
+    add("--seeds", type=whole(1, 100), default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     add("--only", type=lambda text: text.split(","), default=list(ROWS)[:4], metavar="ROWS",
         help=f"default: the first four of {', '.join(ROWS)}")
     add("--scenes", type=whole(1), default=300, help="of the test split (default 300)")
     add("--steps", type=whole(1), help="of each stage, for a short try with its own --out and --results")
     add("--epochs", type=real(1e-3, 10), default=0.5, help="of each stage (default 0.5)")
     add("--jobs", type=whole(1, 100), default=2, help="runs at a time (default 2)")
-    add("--out", type=pathlib.Path, default="runs/ladder", help="folder of the runs (default runs/ladder)")
+    add("--out", type=pathlib.Path, default="runs/ladder", help="folder of runs of one length (default runs/ladder)")
     add("--results", type=pathlib.Path, default=HERE / "ladder.jsonl", help="file of results (default: the committed)")
     add("--table", action="store_true", help="train nothing, print the table of the results")
     add("--figure", type=pathlib.Path, help="draw the results into this PNG")

@@ -2,6 +2,7 @@
 The method with one thing changed: what checks.ladder trains beside it. A variant runs under train.py and evaluate.py:
 
     python -m checks.variants no-look train.py --stage 1 --out runs/no-look/stage1
+    python -m checks.variants no-look train.py --stage 2 --init-from runs/no-look/stage1 --out runs/no-look/stage2
     python -m checks.variants no-look evaluate.py --model runs/no-look/stage2 --scenes 300
 
 A variant is a function like aquila.assemble: config, vision encoder, LM -> model. "whole" is the method itself.
@@ -22,7 +23,7 @@ import train
 from aquila import Aquila, MDALayer
 from commands.arguments import Parser
 from convnext import STRIDES, load_convnext
-from files.text import written_whole
+from files.text import file_digest, written_whole
 from sfi import SFI, ImageTokens, Pyramid, position_codes, window_partition
 
 
@@ -37,7 +38,10 @@ def with_parts(model, pyramid=None, mda=None, tokens=None):
 # ---------------------------------------------------------------------------------------------- MDA
 
 class OneCell(Aquila):
-    """The other reading of "+MDA" over Concat: it asks the baseline's one map again, one cell a query."""
+    """
+    The other reading of "+MDA" over Concat (train.py --integration concat): MDA asks the baseline's one map again, one
+    cell a query.
+    """
 
     def __init__(self, config, vision=None, llm=None):
         super().__init__(config, vision, llm)
@@ -65,7 +69,7 @@ def no_look(config, vision=None, llm=None):
 # ---------------------------------------------------------------------------------------------- the pyramid
 
 class Without(Pyramid):
-    """Three scales: `left_out`, a number from 0, the finest, on, is missing. Its projector learns nothing."""
+    """Without scale `left_out` (0 is the finest); its projector gets no gradient."""
 
     def __init__(self, dims, dim, left_out):
         super().__init__(dims, dim)
@@ -86,7 +90,7 @@ def without(left_out, config, vision=None, llm=None):
 
 
 class LearnedPlaces(Pyramid):
-    """As Cambrian-1: a learned vector for each place in a window of more than one cell; no codes."""
+    """As Cambrian-1: a learned vector for each place in a window of more than one cell; no codes on cells."""
 
     def __init__(self, dims, dim):
         super().__init__(dims, dim)
@@ -105,14 +109,14 @@ def learned_places(config, vision=None, llm=None):
 
 
 class KeysOnly(SFI):
-    """Position codes in the keys alone: windows hold (cell with code, cell), side by side, 2C wide."""
+    """Cells' position codes in the keys alone: windows hold (cell with code, cell), side by side, 2C wide."""
 
     def forward(self, queries, pyramid):
         q = self.wq(queries)
         keyed, plain = zip(*(cells.chunk(2, dim=-1) for cells in pyramid))
         k = torch.cat([wk(x) for wk, x in zip(self.wk, keyed)], dim=2).unflatten(-1, (self.heads, -1))
         v = torch.cat([wv(x) for wv, x in zip(self.wv, plain)], dim=2).unflatten(-1, (self.heads, -1))
-        scores = torch.einsum("bnhd,bnkhd->bnhk", q.unflatten(-1, (self.heads, -1)).expand(len(k), -1, -1, -1), k)
+        scores = torch.einsum("bnhd,bnkhd->bnhk", q.unflatten(-1, (self.heads, -1)), k)
         weights = (scores * k.shape[-1] ** -0.5).softmax(-1)
         return self.wo(q + torch.einsum("bnhk,bnkhd->bnhd", weights, v).flatten(2))
 
@@ -137,7 +141,7 @@ def keys_only(config, vision=None, llm=None):
 # ---------------------------------------------------------------------------------------------- norms and heads
 
 def no_norms(config, vision=None, llm=None, before=True, cells=True, queries=True):
-    """Without the norms before the projectors, on the projected cells, or on the learned queries."""
+    """Without the norms before the projectors, on the projected cells, or on the learned queries. MDA's own stays."""
     model = Aquila(config, vision, llm)
     for projector in model.pyramid.projectors:
         for place, leave_out in ((0, before), (-1, cells)):
@@ -148,16 +152,9 @@ def no_norms(config, vision=None, llm=None, before=True, cells=True, queries=Tru
     return model
 
 
-def heads(number, config, vision=None, llm=None):
-    """Of every SFI. The config stays as it is: a variant is no preset."""
-    model = Aquila(dataclasses.replace(config, heads=number), vision, llm)
-    model.config = dataclasses.replace(model.config, heads=config.heads)
-    return model
-
-
-def bare(config, vision=None, llm=None):
-    """As printed and no more: no norms, 1 head."""
-    model = no_norms(dataclasses.replace(config, heads=1), vision, llm)
+def heads(number, config, vision=None, llm=None, make=Aquila):
+    """Of every SFI. The saved config keeps the preset's number: stage 2 compares the two."""
+    model = make(dataclasses.replace(config, heads=number), vision, llm)
     model.config = dataclasses.replace(model.config, heads=config.heads)
     return model
 
@@ -168,7 +165,8 @@ VARIANTS = {
     "no-norm-before": partial(no_norms, cells=False, queries=False),
     "no-norm-cells": partial(no_norms, before=False, queries=False),
     "no-norm-queries": partial(no_norms, before=False, cells=False),
-    "heads-1": partial(heads, 1), "heads-16": partial(heads, 16), "bare": bare,
+    "heads-1": partial(heads, 1), "heads-16": partial(heads, 16),
+    "bare": partial(heads, 1, make=no_norms),              # as printed and no more
     **{f"without-{stride}": partial(without, s) for s, stride in enumerate(STRIDES)},
 }
 
@@ -178,12 +176,14 @@ VARIANTS = {
 def keep_maps(folder):
     """
     From now on a built-in scene of the tiny preset is drawn and encoded once, by whatever run comes first: its four
-    maps lie in `folder`, 240 KB a scene, and go through the batch in the place of its pixels. The vision encoder is
-    frozen, so a run learns the same, but for the last bits (images are encoded one by one).
+    maps lie in a folder of this encoder, 240 KB a scene, and go through the batch in the place of its pixels. The
+    encoder is frozen, so a run learns the same, but for the last bits (images are encoded one by one). Where scenes are
+    drawn in another way, the folder must go.
     """
     config, draw = aquila.PRESETS["tiny"], data.load_pixels
+    weights = pathlib.Path(aquila.locate_weights(config.vision_file, "vision encoder"))
+    vision, folder = load_convnext(weights), folder / file_digest(weights)[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    vision = load_convnext(aquila.locate_weights(config.vision_file, "vision encoder"))
     shapes = [(config.image_size // stride, config.image_size // stride, c)
               for stride, c in zip(STRIDES, config.vision.dims)]
     sizes = [rows * cols * c for rows, cols, c in shapes]

@@ -70,7 +70,7 @@ def check_key(split, index, seed, size):
 
 
 def scene_rng(scene, stream):
-    """Streams: 0 layout, 1 pixels, 2 questions, 3 captions, 4 chat, 5 and 6 regions; none changes another's draws."""
+    """Streams: 0 layout, 1 pixels, from 2 on the kinds of texts in scenes.py; none changes another's draws."""
     return np.random.default_rng([scene.seed, SPLITS.index(scene.split), scene.index, stream])
 
 
@@ -149,7 +149,7 @@ def place_class(rng, layout, name, count, may_mix):
 
 
 def propose(rng, layout, name, color, heading, under, inside):
-    """One object of the class at a random place that may do; fits() decides."""
+    """One object of the class at a random place; fits() says whether it may stay."""
     a, b, x, y, t, variant = rng.random(6).tolist()
     length = LENGTHS[name][0] + LENGTHS[name][1] * a
     width = WIDTHS[name][0] + WIDTHS[name][1] * b if name in WIDTHS else length
@@ -186,7 +186,7 @@ def place_in_suburb(layout, name, x, y, t):
 
 
 def fits(layout, item, under, inside):
-    """Inside the image, on its surface with every end, and clear of the other objects and their shadows."""
+    """Inside the image, on its surface with every end, and clear of the other objects."""
     edge = item.radius + 0.02
     if not (edge < item.x < 1 - edge and edge < item.y < 1 - edge):
         return False
