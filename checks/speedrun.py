@@ -9,8 +9,10 @@ alone in stage 2, and a sixth of the steps, on two cores:
 
 It hardly learns places, and has seen too few captions to write good ones: README's recipe is for these.
 """
+from unittest.mock import patch
+
 import train
 
 if __name__ == "__main__":
-    train.BUILT_IN["aquila"] = {1: {"caption": 1}, 2: {"chat": 1}}
-    train.main()
+    with patch.dict(train.BUILT_IN, aquila={1: {"caption": 1}, 2: {"chat": 1}}):
+        train.main()
