@@ -3,12 +3,16 @@ Proves of the eye chart: objects are as long as it says, and neither its questio
 
     pytest tests/run/test_eye_chart.py
 """
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
+from aquila import PRESETS, LoRAConfig, build, part_of
 from checks import eye_chart
+from tokenizer import load_tokenizer
 from toy import drawing
 from toy.layout import CLASSES
 
@@ -47,3 +51,12 @@ def test_a_caption_must_name_its_class_and_no_other():
     assert eye_chart.names("One storage tank with a plane.") == {"storage tank", "plane"}
     right = eye_chart.asked_about(0, 8, 128)[0][3]
     assert right("one red storage tank over sand") and not right("one storage tank and one ship")
+
+
+def test_lessons_change_what_stage_2_trains_and_nothing_else():
+    config = dataclasses.replace(PRESETS["tiny"], lora=LoRAConfig(rank=2, alpha=2, dropout=0.0))
+    model = build(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    eye_chart.teach(model, 2, load_tokenizer(config.llm_dir), "a model", batch=2)
+    changed = {part_of(name) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"pyramid", "tokens", "mda", "lora"}
