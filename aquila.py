@@ -96,6 +96,9 @@ PRESETS = {
                                    chat="vicuna", region_dim=1024),
     "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, heads=4, mda_layers=(0, 1, 2, 3),
                          max_len=1024, vision_file="weights/tiny-clip.safetensors", llm_dir="weights/tiny-llm"),
+    # between: for photographs on a laptop (README, "Photographs")
+    "small": AquilaConfig(CONVNEXTS["femto"], LLAMAS["small"], image_size=192, dim=192, heads=4, mda_layers=(0, 2, 4),
+                          max_len=1024, vision_file="weights/small-clip.safetensors", llm_dir="weights/small-llm"),
 }
 PRESETS["tiny-plus"] = dataclasses.replace(PRESETS["tiny"], chat="vicuna", region_dim=128, region_side=32)
 

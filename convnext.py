@@ -36,6 +36,7 @@ class ConvNeXtConfig:
 CONVNEXTS = {
     "xxlarge": ConvNeXtConfig((3, 4, 30, 3), (384, 768, 1536, 3072), eps=1e-5),
     "large": ConvNeXtConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "femto": ConvNeXtConfig((2, 2, 6, 2), (48, 96, 192, 384)),                     # timm's
     "tiny": ConvNeXtConfig((2, 2, 4, 2), (32, 64, 128, 256)),  # ours, far smaller than ConvNeXt-T
 }
 

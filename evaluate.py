@@ -6,6 +6,7 @@ Asks a trained model: a benchmark or a file of records (predict, then score), or
     python evaluate.py --benchmark rsicd --root DIR --split val --sanity          # what no model need be asked for
     torchrun --nproc-per-node 2 evaluate.py --model runs/tiny/stage2 --data val.jsonl --images DIR --out pred.jsonl
     python evaluate.py --score pred.jsonl                                         # no model: anybody's predictions
+    python evaluate.py --contract pred.jsonl                                      # the same under other ways to score
     python evaluate.py --model runs/tiny/stage2 --image scene.png --ask "How many ships are there?"
     python evaluate.py --model DIR --image scene.png --mask ship.png --ask "What is <region>?"
 
@@ -32,9 +33,10 @@ from commands.processes import (StopSignal, ending, from_first, gather, ignore_s
 from commands.progress import Progress
 from data import Records, check_form, collate, read_records, to_device
 from fast_decoding import compile_decoding
-from files.text import check_target, file_digest, regular_file, write_json_lines
+from files.text import check_target, file_digest, regular_file, write_json, write_json_lines
 from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity,
                                 sanity_rows)
+from scoring.contract import contract, print_choices, print_contract
 from scoring.metrics import check_metrics
 from scoring.partial_file import PartialFile
 from scoring.scores import print_table, read_predictions, references_of, score
@@ -161,6 +163,8 @@ def build_parser():
     add("--benchmark", help=f"one of {', '.join(BENCHMARKS)}, or all; needs --root")
     add("--data", help=".jsonl or .json file of records")
     add("--score", help="score this file of predictions; no model is needed; with --benchmark NAME beside the paper's")
+    add("--contract", metavar="FILE", help="score this file of predictions in other ways as well: how far does each "
+        "choice (case, punctuation, stop words, references ...) move the figure?")
     add("--image", help="image file for --ask, or a built-in scene as in scene:test/0/3/128")
     add_benchmark_flags(p.add_argument_group("with --benchmark").add_argument)
     add_ask_flags(p.add_argument_group("with --image").add_argument)
@@ -193,9 +197,10 @@ def check_args(args):
     empty = [name for name, value in vars(args).items() if value == "" or isinstance(value, list) and "" in value]
     if empty and empty != ["leave_out"]:
         raise ValueError(f"--{empty[0].replace('_', '-')}: the value is empty")
-    chosen = [name for name in ("scenes", "benchmark", "data", "score", "image") if getattr(args, name) is not None]
+    asked = "scenes", "benchmark", "data", "score", "contract", "image"
+    chosen = [name for name in asked if getattr(args, name) is not None]
     if len(chosen) != 1 and chosen != ["benchmark", "score"]:
-        raise ValueError(f"give one of --scenes, --benchmark, --data, --score or --image with --ask; "
+        raise ValueError("give one of --scenes, --benchmark, --data, --score, --contract or --image with --ask; "
                          f"got {chosen or 'none'}")
     if args.score and args.benchmark not in (None, *BENCHMARKS):
         raise ValueError(f"--score with --benchmark {args.benchmark}: expected one benchmark, {', '.join(BENCHMARKS)}")
@@ -207,7 +212,7 @@ def check_args(args):
         check_target(args.out)
     if args.sanity and (args.model or chosen != ["benchmark"]):
         raise ValueError("--sanity goes with --benchmark and without --model, where it is printed anyway")
-    if not (args.model or args.score or args.sanity):
+    if not (args.model or args.score or args.contract or args.sanity):
         raise ValueError("give --model, the folder that train.py wrote")
     if args.compile and not (torch.cuda.is_available() or os.environ.get("CXX") or shutil.which("g++")):
         raise ValueError("--compile needs a C++ compiler, and there is no g++ and no CXX in the environment; "
@@ -264,6 +269,10 @@ def run_benchmarks(model, tokenizer, jobs, args, file=None):
         columns |= {heading: score(rows, args.metrics) for heading, rows in unasked.items()}
         print(f"\n{BENCHMARKS[name].title}, {split} split, {len(records):,} records, {args.model or 'no model'}")
         print_table(columns)
+        found = contract(args, name, split, records, root, model)
+        print_contract(found)
+        if out:
+            from_first(lambda out=out, found=found: write_json(out.with_suffix(".contract.json"), found))
         results[name] = split, columns
     print_sanity(results)
     print_published(results, args.benchmark == "all")
@@ -273,6 +282,8 @@ def run(args, device):
     check_args(args)
     if args.score:
         return score_file(args)
+    if args.contract:
+        return print_choices([row for _, row in read_predictions(args.contract)])
     jobs = benchmark_jobs(args) if args.benchmark else {}                          # mistakes before the model loads
     for _, records, _ in jobs.values():
         for record in records:

@@ -69,6 +69,8 @@ LLAMAS = {
                               rope_theta=500000.0),
     "vicuna-7b": LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008, vocab_size=32000,
                              max_len=4096),
+    "small": LlamaConfig(dim=256, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=768, vocab_size=2048, max_len=2048,
+                         tied=True),
     "tiny": LlamaConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, vocab_size=701, max_len=2048,
                         tied=True),
 }

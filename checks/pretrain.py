@@ -107,13 +107,13 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    def __init__(self, config, words, width=128):
+    def __init__(self, config, words, width=128, length=16):
         super().__init__()
         self.trunk = ConvNeXt(config)
         for block in (b for stage in self.trunk.stages for b in stage.blocks):
             nn.init.constant_(block.gamma, 0.5)             # 1e-6 is for training much longer than this
         self.norm, self.proj = ChannelNorm(config.dims[-1], config.eps), nn.Linear(config.dims[-1], width, bias=False)
-        self.text = TextTower(words, width)
+        self.text = TextTower(words, width, length)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-4.0))                         # most pairs do not belong together
 
@@ -121,6 +121,10 @@ class CLIP(nn.Module):
         """images (B, 3, H, W), U texts -> logits (B, U): does text j belong to image i?"""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):          # the trunk takes most of the time
             last = self.trunk(images)[-1].float()
+        return self.compare(last, texts)
+
+    def compare(self, last, texts):
+        """The coarsest maps (B, c, h, w) of images, U texts -> logits (B, U)."""
         image = F.normalize(self.proj(self.norm(last).mean((2, 3))), dim=-1)
         text = F.normalize(self.text(texts), dim=-1)
         return self.logit_scale.exp().clamp(max=100) * image @ text.T + self.logit_bias
@@ -299,14 +303,14 @@ def byte_pairs(words, size):
     return merges
 
 
-def write_tokenizer(folder, n_scenes, size, rng):
+def write_tokenizer(folder, records, size):
     """
-    A byte-level BPE in Hugging Face's layout, learned on the conversations, with Llama-3's specials. One token is about
-    a word, as it is for a real LM; with bytes an image token would have to stand for many letters at once.
+    A byte-level BPE in Hugging Face's layout, learned on the conversations of these records, with Llama-3's specials.
+    One token is about a word, as it is for a real LM; with bytes an image token would have to stand for many letters at
+    once.
     """
     texts = ["user", "assistant", VICUNA_SYSTEM, "USER:", "ASSISTANT:"]
-    for i in range(min(n_scenes, 2000)):
-        texts += [turn["value"] for turn in conversation(i, rng)["conversations"]]
+    texts += [turn["value"] for record in records for turn in record["conversations"]]
     pieces = Counter()
     for text in texts:                      # on plain ASCII as GPT-2's pattern, which the tokenizer.json names
         pieces.update(re.findall(r" ?[A-Za-z]+| ?\d+| ?[^\sA-Za-z0-9]+|\s+", text))
@@ -330,6 +334,16 @@ def write_tokenizer(folder, n_scenes, size, rng):
     return len(vocab) + len(specials)
 
 
+def text_loss(model, tokenizer, records):
+    """A language model's loss on all text of these records, and on the answers, few tokens among many, once more."""
+    batched = collate([encode_record(record, tokenizer, ("llama-3", "vicuna")[k // 2 % 2])
+                       for k, record in enumerate(records)])
+    ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
+    text, answers = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE), batched["labels"][:, 1:]
+    logits = model(ids[:, :-1]).flatten(0, 1).float()
+    return sum(F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE) for target in (text, answers))
+
+
 def pretrain_llm(out, n_scenes, steps, batch, seed, start=None):
     """Writes the folder out/tiny-llm; out is a path, start a folder that an earlier run wrote, to go on from."""
     torch.manual_seed(seed)
@@ -340,20 +354,17 @@ def pretrain_llm(out, n_scenes, steps, batch, seed, start=None):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_bytes((start / name).read_bytes())
     else:
-        size = write_tokenizer(folder, n_scenes, 1024, np.random.default_rng(seed))            # fewer: words are whole
+        rng = np.random.default_rng(seed)
+        told = [conversation(i, rng) for i in range(min(n_scenes, 2000))]
+        size = write_tokenizer(folder, told, 1024)             # fewer: words are whole
         model = Llama(dataclasses.replace(LLAMAS["tiny"], vocab_size=size))
     tokenizer = load_tokenizer(folder)
 
     def loss_of_step(step):
         rng = np.random.default_rng([seed, step])
-        batched = collate([encode_record((conversation, reading_practice)[k % 2](int(i), rng), tokenizer,
-                                         ("llama-3", "vicuna")[k // 2 % 2])
-                           for k, i in enumerate(rng.integers(0, n_scenes, batch))])
-        ids, real = batched["ids"], torch.arange(batched["ids"].shape[1]) < batched["lengths"][:, None]
-        text, answers = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE), batched["labels"][:, 1:]
-        logits = model(ids[:, :-1]).flatten(0, 1)
-        # All text is learned, and the answers, few tokens among many, once more.
-        return sum(F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE) for target in (text, answers))
+        told = [(conversation, reading_practice)[k % 2](int(i), rng)
+                for k, i in enumerate(rng.integers(0, n_scenes, batch))]
+        return text_loss(model, tokenizer, told)
 
     train(model, loss_of_step, steps, 0.1, "llm", out / "llm-state.pt", 1e-3 if start else 2e-3)
     save_llama(model.to(torch.bfloat16), folder)

@@ -10,7 +10,7 @@ A variant is a function like aquila.assemble: config, vision encoder, LM -> mode
 import dataclasses
 import pathlib
 import sys
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -175,32 +175,40 @@ VARIANTS = {
 
 def keep_maps(folder):
     """
-    From now on a built-in scene of the tiny preset is drawn and encoded once, by whatever run comes first: its four
-    maps lie in a folder of this encoder, 240 KB a scene, and go through the batch in the place of its pixels. The
-    encoder is frozen, so a run learns the same, but for the last bits (images are encoded one by one). Where scenes are
-    drawn in another way, the folder must go.
+    From now on an image is opened and encoded once, by whatever run comes first: its four maps lie in a folder of this
+    encoder and size, in half precision, and go through the batch in the place of its pixels (240 KB a scene of the tiny
+    preset). The encoder is frozen, so a run learns the same, but for the rounding. Where images change under the same
+    names, the folder must go.
     """
-    config, draw = aquila.PRESETS["tiny"], data.load_pixels
-    weights = pathlib.Path(aquila.locate_weights(config.vision_file, "vision encoder"))
-    vision, folder = load_convnext(weights), folder / file_digest(weights)[:8]
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = [(config.image_size // stride, config.image_size // stride, c)
-              for stride, c in zip(STRIDES, config.vision.dims)]
-    sizes = [rows * cols * c for rows, cols, c in shapes]
+    draw = data.load_pixels
 
     def load_maps(record, root, config, blind=False):
         name = "gray" if blind else record["image"].removeprefix("scene:").replace("/", "-")
-        path = folder / f"{name}.npy"
+        path = folder_of(config) / f"{name}.npy"
         if not path.exists():
             images, _ = draw(record, root, config, blind)
             with torch.no_grad():
-                maps = [x.permute(0, 2, 3, 1).flatten() for x in vision(images)]
+                maps = [x.permute(0, 2, 3, 1).flatten() for x in encoder(config)(images)]
             with written_whole(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, torch.cat(maps).numpy())
+                np.save(file, torch.cat(maps).half().numpy())
         return torch.from_numpy(np.load(path))[None], torch.zeros(0, config.image_size, config.image_size)
 
+    @cache
+    def encoder(config):
+        return load_convnext(aquila.locate_weights(config.vision_file, "vision encoder"))
+
+    @cache
+    def folder_of(config):
+        digest = file_digest(pathlib.Path(aquila.locate_weights(config.vision_file, "vision encoder")))[:8]
+        path = folder / f"{digest}-{config.image_size}"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def unpack(model, images):
-        return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(images.split(sizes, dim=1), shapes)]
+        side, dims = model.config.image_size, model.config.vision.dims
+        shapes = [(side // stride, side // stride, c) for stride, c in zip(STRIDES, dims)]
+        parts = images.float().split([rows * cols * c for rows, cols, c in shapes], dim=1)
+        return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(parts, shapes)]
 
     data.load_pixels, aquila.Aquila.encode_images = load_maps, unpack
 
@@ -208,7 +216,7 @@ def keep_maps(folder):
 def main():
     programs = {"train.py": train.main, "evaluate.py": evaluate.main}
     parser = Parser(prog="python -m checks.variants", description=__doc__)
-    parser.add_argument("--maps", type=pathlib.Path, help="folder of built-in scenes' maps, kept for runs to come")
+    parser.add_argument("--maps", type=pathlib.Path, help="folder of the images' maps, kept for runs to come")
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("program", choices=programs)
     parser.add_argument("flags", nargs="...", help="of the program")

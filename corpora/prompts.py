@@ -23,6 +23,12 @@ PROMPTS = {
     "scene": ("What kind of scene is this?", "Name the scene class of this aerial image.",
               "Which type of land use or place does the image show?"),
     "question": short("{question}"),
+    # of photographs, worded as RSVQA's
+    "rural or urban": short("Is it a rural or an urban area"),
+    "thing": short("Is there {one}?", "Is {one} present?", "Is {one} present in the image?",
+                   "Is there {one} in the image?"),
+    "more": short("Are there more {many} than {few}?", "Are there more {many} than {few} in the image?",
+                  "Are there less {few} than {many}?"),
     # about regions, each named once; {one} is a class with its article
     "region class": short("What is <region>?", "What kind of object is <region>?",
                           "Which class does <region> belong to?"),

@@ -12,7 +12,9 @@ from pathlib import Path
 from corpora.captions import read_capera, read_karpathy, read_nwpu, read_scene_folders
 from corpora.coco import read_coco
 from corpora.conversations import read_llava, read_osprey
+from corpora.photo_questions import read_photo_questions
 from corpora.questions import read_fit_benchmark, read_rsvqa
+from corpora.reading import published_file
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ COCO = "coco/imgs/"
 
 CORPORA = {
     "rsicd": Corpus(read_karpathy, "dataset_rsicd.json", ALL, "RSICD_images/"),
+    "rsicd-questions": Corpus(read_photo_questions, "dataset_rsicd.json", ALL, "RSICD_images/"),
     "ucm": Corpus(read_karpathy, "dataset.json", ALL, "imgs/"),
     "sydney": Corpus(read_karpathy, "dataset.json", ALL, "imgs/"),
     "rsitmd": Corpus(read_karpathy, "dataset_RSITMD.json", ("train", "test"), "images/"),
@@ -104,6 +107,12 @@ def read_corpus(name, root, split="train", file=None, raw_answers=False, per_ima
     if not root.is_dir():
         raise FileNotFoundError(f"--root {root}: no such folder")
     return corpus.read(corpus, root, split)
+
+
+def files_of(name, root, split):
+    """The published files that the records of a split are read from."""
+    kinds = ("questions", "answers") if "{kind}" in CORPORA[name].file else ("",)
+    return [published_file(CORPORA[name], Path(root), split, kind) for kind in kinds]
 
 
 def read_mix(mix, root, raw_answers=False):

@@ -60,6 +60,33 @@ def test_caption_corpora(tmp_path, name, file, folder, capsys):
     assert turns(test)[1] == "many planes ." and test["image"] == f"{folder}/2.tif"
 
 
+def test_photo_questions_are_answered_by_the_captions(tmp_path):
+    """Of what is asked for, all captions of the photograph name it or none does; there is no class in a bare number."""
+    airport, forest = ["two planes on a runway .", "many planes"] * 2 + ["a Plane near cars"], ["a road in a forest"] * 5
+    rows = [(f"airport_{i}.jpg", "train", airport) for i in range(40)]
+    rows += [(f"forest_{i}.jpg", "train", forest) for i in range(40)]
+    put(tmp_path / "dataset_rsicd.json", karpathy(*rows, ("00007.jpg", "train", airport), ("1.jpg", "val", airport)))
+    asked, answers = convert(tmp_path, "rsicd-questions"), Counter()
+    named = {"airport": {"plane"}, "forest": {"road", "forest"}}
+    for row in asked:
+        scene, (question, answer) = row["image"].split("/")[1].split("_")[0], turns(row)
+        answers[row["type"], answer] += 1
+        if row["type"] == "presence":
+            thing = re.search(r"(?:there|Is) an? (.*?)(?: present| in the|\?)", question)[1]
+            assert answer == ("yes" if thing in named[scene] else "no")
+            assert thing not in ("car", "runway") or scene == "forest"             # some captions name it, some do not
+        elif row["type"] == "comp":
+            way, many, few = re.search(r"Are there (more|less) (.*?)s than (.*?)s(?: in|\?)", question).groups()
+            there = {name for name in named[scene] for pair in [(many, few)] if name in pair}
+            assert answer == ("yes" if (many if way == "more" else few) in there else "no")
+    assert answers["scene", "airport"] == answers["scene", "forest"] == 40
+    assert answers["rural_urban", "rural"] == 40 and not answers["rural_urban", "urban"]
+    assert answers["presence", "yes"] == answers["presence", "no"] > 60
+    assert {"yes", "no"} <= {answer for kind, answer in answers if kind == "comp"}
+    put(tmp_path / "classes.json", {"00007.jpg": "Airport"})
+    assert len(convert(tmp_path, "rsicd-questions")) > len(asked)
+
+
 def test_nwpu(tmp_path):
     def row(name, split):
         return {"filename": name, "imgid": 1, "split": split, "raw": "A .", "raw_1": "B .", "raw_2": "C .",

@@ -1,0 +1,136 @@
+"""
+Proves of the small preset's tools: pictures and their captions are drawn as said, the rivals without a language model
+answer as worked out by hand, and the ways to score move a figure as they should.
+
+    pytest tests/run/test_photographs.py
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checks import photographs, pretrain_small
+from checks.stand_ins import karpathy, put
+from evaluate import main as evaluate
+from scoring.contract import answer_choices, caption_choices
+
+
+class Drawn:
+    """A generator whose draws are given: each is the next of a list, of its range."""
+
+    def __init__(self, *shares):
+        self.shares = list(shares)
+
+    def uniform(self, low, high, shape):
+        return np.full(shape, low + (high - low) * self.shares.pop(0))
+
+
+def test_augmented_pictures_are_turned_and_mirrored():
+    image = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    plain = image.permute(0, 3, 1, 2).float()
+    # quarter turns, whether any angle, zoom, mirror, shift, brightness, tint, contrast
+    even = (1 - 0.75) / 0.55, (1 - 0.92) / 0.16, (1 - 0.75) / 0.55
+    for turns in range(4):
+        for mirrored in (0, 1):
+            rng = Drawn((turns + 0.5) / 4, 0, 1, 1 - mirrored, 0.5, *even)
+            found = pretrain_small.augment(image, 32, rng)
+            same = [torch.rot90(plain.flip(3) if m else plain, k, (2, 3)) for m in (0, 1) for k in range(4)]
+            assert min((found - one).abs().max() for one in same[4 * mirrored:4 * mirrored + 4]) < 0.05
+    bright = pretrain_small.augment(image, 32, Drawn(0, 0, 1, 1, 0.5, 1, even[1], even[2]))
+    assert bright.mean() > 1.1 * plain.mean() and bright.max() <= 255
+    assert pretrain_small.augment(image, 64, np.random.default_rng(0)).shape == (1, 3, 64, 64)
+
+
+def test_a_photograph_in_words():
+    captions, asked = ["many planes are in an airport", "a plane"], [("Is there a plane?", "yes")]
+    with_words = 0
+    for seed in range(40):
+        record = pretrain_small.photo_in_words(captions, asked, np.random.default_rng(seed))
+        texts = [turn["value"] for turn in record["conversations"]]
+        assert {texts[1], texts[3]} > {"yes"} and {texts[1], texts[3]} & set(captions)
+        words, _, question = texts[0].rpartition("\n")
+        assert set(words.split()) <= {"many", "planes", "plane", "airport"}
+        with_words += bool(words)
+    assert 25 < with_words < 40
+
+
+def test_consensus_shares_most_words():
+    near = ["many planes in an airport", "planes in an airport", "many planes in the airport", "a green forest"]
+    assert photographs.consensus(near) == "many planes in an airport"
+    assert photographs.consensus([*near, *["a green forest"] * 5]) == "a green forest"
+
+
+def test_classes_are_told_by_features():
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    draw = lambda n: (i := torch.arange(n) % 3, centers[i] + 0.3 * torch.randn(n, 8, generator=generator).double())
+    (kinds, train), (true, val) = draw(90), draw(30)
+    told = photographs.tell_classes(train, [f"class {k}" for k in kinds.tolist()], val)
+    assert np.mean([name == f"class {k}" for name, k in zip(told, true.tolist())]) > 0.9
+
+
+@pytest.fixture
+def rsicd(tmp_path):
+    rows = [(f"airport_{i}.jpg", "train", ["many planes ."] * 5) for i in range(20)]
+    rows += [(f"forest_{i}.jpg", "train", ["a green forest ."] * 5) for i in range(20)]
+    rows += [("airport_50.jpg", "val", ["many planes .", "two planes ."]), ("forest_50.jpg", "val", ["a forest ."])]
+    put(tmp_path / "dataset_rsicd.json", karpathy(*rows))
+    (tmp_path / "RSICD_images").mkdir()
+    for number, (name, *_) in enumerate(rows):
+        color = (200, 200, 200 - number) if "airport" in name else (20, 120 + number, 20)
+        Image.new("RGB", (64, 64), color).save(tmp_path / "RSICD_images" / name)
+    return tmp_path
+
+
+def test_rivals_compare_and_picture(rsicd, capsys):
+    flags = ["--root", str(rsicd)]
+    vision = ["--vision", "weights/tiny-clip.safetensors", "--side", "64", "--out", str(rsicd / "out")]
+    photographs.main(["rivals", *flags, *vision])
+    assert "probe: 100.0 % of 2 val photographs" in capsys.readouterr().out
+    for name in ("class-lookup", "neighbours"):
+        rows = [json.loads(line) for line in (rsicd / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["prediction"] for row in rows] == ["many planes .", "a green forest ."]
+    photographs.main(["compare", *[str(rsicd / "out" / f"{name}.jsonl") for name in ("class-lookup", "neighbours")],
+                      *flags])
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "100.0%" in first and "+0.00" in second
+    photographs.main(["picture", str(rsicd / "out/neighbours.jsonl"), *flags, "--out", str(rsicd / "p.png")])
+    assert np.asarray(Image.open(rsicd / "p.png"))[100, 100].tolist() != [255, 255, 255]
+
+
+def test_ways_to_score_a_caption():
+    rows = [{"prediction": "A Plane, two cars", "references": ["a plane . two car", "a"]}]
+    found = caption_choices(rows)
+    assert found["as scored"] == pytest.approx(75, abs=0.01) == found["mean over images"]
+    assert found["letters' case kept"] == pytest.approx(20, abs=0.01)              # two, of A Plane , two cars
+    assert found["plural s cut off"] == pytest.approx(100, abs=0.01)
+    assert found["without stop words"] == pytest.approx(100 * 2 / 3, abs=0.01)
+    assert found["the first 1 references"] == pytest.approx(75, abs=0.01)
+
+
+def test_ways_to_score_an_answer():
+    rows = [{"prediction": said, "answer": true} for said, true in
+            [("Yes", "yes"), ("the airplane", "plane"), ("two", "2"), ("yes, two ships", "2"), ("no", "yes")]]
+    found = answer_choices(rows)
+    assert found["as scored"] == 40 and found["letter for letter"] == 0 and found["numbers as words differ"] == 20
+    assert found["without articles"] == 40 and found["the answer is anywhere in it"] == 60
+    assert answer_choices(rows[1:2])["synonyms are one"] == 0 and answer_choices(
+        [{"prediction": "ships", "answer": "boat"}])["synonyms are one"] == 100
+
+
+def test_the_contract_names_what_a_figure_depends_on(rsicd, capsys, monkeypatch):
+    command = ["evaluate.py", "--benchmark", "rsicd", "--root", str(rsicd), "--split", "val", "--sanity"]
+
+    def told():
+        monkeypatch.setattr("sys.argv", command)
+        evaluate()
+        out = capsys.readouterr().out
+        return dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ") and line[2] != " ")
+
+    first = told()
+    assert first["rows"] == "2" and "dataset_rsicd.json" in first["files"] and "number 2; missing 0" in first["images"]
+    Image.new("RGB", (64, 64)).save(rsicd / "RSICD_images/airport_50.jpg")         # other pixels under the same name
+    second = told()
+    assert {key for key in first if first[key] != second[key]} == {"images"}
