@@ -143,7 +143,7 @@ def figures(counts):
     """(..., scenes, 5) counts of `summary` -> BLEU-1 and accuracy in percent, (...,) each."""
     right, asked, words, said, closest = np.moveaxis(counts.sum(-2).astype(float), -1, 0)
     penalty = np.vectorize(brevity_penalty)(said, closest)
-    return 100 * penalty * words / said, 100 * right / asked
+    return 100 * penalty * words / np.maximum(said, 1), 100 * right / np.maximum(asked, 1)
 
 
 def difference(runs, base, samples=2000):

@@ -5,6 +5,7 @@ picture and no caption of another split is seen. A run that was cut off goes on 
 
     python -m checks.pretrain_small vision --root DATA --teacher FILE   # weights/small-clip.safetensors, in the peers'
     python -m checks.pretrain_small llm --root DATA                     # weights/small-llm/           (environment)
+    python -m checks.pretrain_small ship --model runs/small/stage2      # weights/small/, a trained model to try out
 
 DATA holds the folders rsicd, ucm_captions and sydney_captions, each as published. The vision encoder learns the four
 maps of a published network (distillation) and, by SigLIP's loss, which captions belong to which photograph. The teacher
@@ -21,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from aquila import config_to_dict, load_config
 from checks.pretrain import CLIP, balance, conversation, reading_practice, text_loss, train, write_tokenizer
 from commands.arguments import SEEDS, Parser, whole
 from convnext import CONVNEXTS, ChannelNorm
 from corpora.prompts import IMAGE_LINE, PROMPTS
 from corpora.table import read_corpus
-from files.text import read_json
-from files.weights import write_tensors
+from files.text import read_json, write_json
+from files.weights import open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD, fit_image, load_image
 from tokenizer import load_tokenizer
@@ -137,7 +139,7 @@ def pretrain_vision(args):
 
     train(model, loss_of_step, steps, 0.05, "vision", args.out / "vision-state.pt", 1.5e-3)
     balance(model.trunk, pixels(some))
-    state = {name: tensor.half() for name, tensor in model.open_clip_state().items()}
+    state = {name: tensor.read().half() for name, tensor in model.open_clip_state().items()}
     write_tensors(args.out / "small-clip.safetensors", state, {"words": json.dumps(words)})
     print(f"wrote {args.out / 'small-clip.safetensors'}")
 
@@ -177,39 +179,62 @@ def pretrain_llm(args):
     torch.manual_seed(args.seed)
     folder, photographs = args.out / "small-llm", read_texts(args.root)
 
-    def draw(number, rng):                  # of four, one is of a scene, one practices reading, as for tiny
-        i = int(rng.integers(args.scenes))
-        if number % 4 < 2:
-            return photo_in_words(*photographs[rng.integers(len(photographs))], rng)
-        return (conversation, reading_practice)[number % 2](i, rng)
+    photo = lambda rng: photo_in_words(*photographs[rng.integers(len(photographs))], rng)
+    scene = lambda tell, rng: tell(int(rng.integers(args.scenes)), rng)            # as for tiny
 
     rng = np.random.default_rng(args.seed)
-    size = write_tokenizer(folder, [draw(i, rng) for i in range(8000)], 2048)
+    told = [told for _ in range(2000) for told in (photo(rng), photo(rng), scene(conversation, rng))]
+    size = write_tokenizer(folder, told, 2048)
     tokenizer, model = load_tokenizer(folder), Llama(dataclasses.replace(LLAMAS["small"], vocab_size=size))
     print(f"llm: {len(photographs):,} pictures told in words, {size:,} tokens, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     def loss_of_step(step):
         rng = np.random.default_rng([args.seed, step])
-        with torch.autocast("cpu", torch.bfloat16):
-            return text_loss(model, tokenizer, [draw(i, rng) for i in range(32)])
+        photos = [photo(rng) for _ in range(24)]
+        scenes = [scene(tell, rng) for _ in range(4) for tell in (conversation, reading_practice)]
+        with torch.autocast("cpu", torch.bfloat16):            # scenes are longer, and texts padded to the longest
+            return 0.75 * text_loss(model, tokenizer, photos) + 0.25 * text_loss(model, tokenizer, scenes)
 
-    train(model, loss_of_step, args.steps or 3000, 0.1, "llm", args.out / "llm-state.pt", 1.5e-3)
+    train(model, loss_of_step, args.steps or 1000, 0.1, "llm", args.out / "llm-state.pt", 1.5e-3)
     save_llama(model.to(torch.bfloat16), folder)
     print(f"wrote {folder}")
 
 
-def main():
+# ---------------------------------------------------------------------------------------------- the trained model
+
+def ship(args):
+    """A trained stage in half precision, in the folder small of args.out."""
+    folder, config = args.out / "small", load_config(args.model)
+    path = args.model / "model.safetensors"
+    half = {name: tensor.read().half() for name, tensor in open_tensors(path).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", half, open_safetensors(path).metadata())
+    write_json(folder / "config.json", config_to_dict(config))
+    print(f"wrote {folder}, {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+
+
+def main(argv=None):
     parser = Parser(prog="python -m checks.pretrain_small", description=__doc__)
     add = parser.add_argument
-    add("part", choices=("vision", "llm"))
-    add("--root", type=pathlib.Path, required=True, metavar="DATA", help="holds rsicd and the others (required)")
+    add("part", choices=("vision", "llm", "ship"))
+    add("--root", type=pathlib.Path, metavar="DATA", help="vision, llm: holds rsicd and the others")
     add("--teacher", type=pathlib.Path, metavar="FILE", help="vision: the weights of EfficientNet-Lite2")
+    add("--model", type=pathlib.Path, metavar="DIR", help="ship: folder that train.py wrote")
     add("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
     add("--scenes", type=whole(1), default=2000, help="built-in train scenes (default 2000)")
-    add("--steps", type=whole(1), help="default: vision 4500, of 48 pictures; llm 3000, of 32 conversations")
+    add("--steps", type=whole(1), help="default: vision 4500, of 48 pictures; llm 1000, of 32 conversations")
     add("--seed", type=whole(0, SEEDS), default=0, help="default 0")
-    parser.run(lambda args: (pretrain_vision if args.part == "vision" else pretrain_llm)(args))
+    parser.run(work, argv)
+
+
+def work(args):
+    part, *needed = {"vision": (pretrain_vision, "root", "teacher"), "llm": (pretrain_llm, "root"),
+                     "ship": (ship, "model")}[args.part]
+    for name in needed:
+        if getattr(args, name) is None:
+            raise ValueError(f"{args.part}: give --{name}")
+    part(args)
 
 
 if __name__ == "__main__":

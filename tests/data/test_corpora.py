@@ -61,8 +61,9 @@ def test_caption_corpora(tmp_path, name, file, folder, capsys):
 
 
 def test_photo_questions_are_answered_by_the_captions(tmp_path):
-    """Of what is asked for, all captions of the photograph name it or none does; there is no class in a bare number."""
-    airport, forest = ["two planes on a runway .", "many planes"] * 2 + ["a Plane near cars"], ["a road in a forest"] * 5
+    """Of what is asked for, all captions of the photograph name it or none does; a bare number tells no class."""
+    airport = ["two planes on a runway .", "many planes"] * 2 + ["a Plane near cars"]
+    forest = ["a road in a forest"] * 5
     rows = [(f"airport_{i}.jpg", "train", airport) for i in range(40)]
     rows += [(f"forest_{i}.jpg", "train", forest) for i in range(40)]
     put(tmp_path / "dataset_rsicd.json", karpathy(*rows, ("00007.jpg", "train", airport), ("1.jpg", "val", airport)))
