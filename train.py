@@ -74,10 +74,10 @@ RECIPES = {
     "tiny": {1: Recipe(lr=3e-3, decay=0.05, warmup=0.06, micro=16, scenes=2400),
              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, micro=16, scenes=4400,
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
-    # From some 40,000 captions of 8,734 photographs.
-    "small": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, batch=64, micro=32),
-              2: Recipe(lr=1e-3, decay=0.10, warmup=0.03, batch=64, micro=32,
-                        lora=LoRAConfig(rank=64, alpha=64, dropout=0.05))},
+    # From some 80,000 captions and questions of 8,734 photographs.
+    "small": {1: Recipe(lr=2e-3, decay=0.05, warmup=0.06, batch=64, micro=32),
+              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, batch=64, micro=32,
+                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.05))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
                        3: Recipe(lr=1e-5, decay=0.0, warmup=0.03, grad_checkpoint=True,
