@@ -196,7 +196,7 @@ def pretrain_llm(args):
         with torch.autocast("cpu", torch.bfloat16):            # scenes are longer, and texts padded to the longest
             return 0.75 * text_loss(model, tokenizer, photos) + 0.25 * text_loss(model, tokenizer, scenes)
 
-    train(model, loss_of_step, args.steps or 1000, 0.1, "llm", args.out / "llm-state.pt", 1.5e-3)
+    train(model, loss_of_step, args.steps or 600, 0.1, "llm", args.out / "llm-state.pt", 1.5e-3)
     save_llama(model.to(torch.bfloat16), folder)
     print(f"wrote {folder}")
 
@@ -223,7 +223,7 @@ def main(argv=None):
     add("--model", type=pathlib.Path, metavar="DIR", help="ship: folder that train.py wrote")
     add("--out", type=pathlib.Path, default="weights", help="folder to write (default weights)")
     add("--scenes", type=whole(1), default=2000, help="built-in train scenes (default 2000)")
-    add("--steps", type=whole(1), help="default: vision 4500, of 48 pictures; llm 1000, of 32 conversations")
+    add("--steps", type=whole(1), help="default: vision 4500, of 48 pictures; llm 600, of 32 conversations")
     add("--seed", type=whole(0, SEEDS), default=0, help="default 0")
     parser.run(work, argv)
 
