@@ -90,7 +90,7 @@ def test_a_new_model_learns():
 
 def test_published_sizes():
     """Numbers of parameters: timm's without the head's norm."""
-    counts = {"tiny": 1_899_872, "large": 196_227_264, "xxlarge": 843_391_872}
+    counts = {"tiny": 1_899_872, "femto": 4_832_016, "large": 196_227_264, "xxlarge": 843_391_872}
     for name, config in CONVNEXTS.items():
         with torch.device("meta"):
             model = ConvNeXt(config)
