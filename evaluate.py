@@ -33,10 +33,10 @@ from commands.processes import (StopSignal, ending, from_first, gather, ignore_s
 from commands.progress import Progress
 from data import Records, check_form, collate, read_records, to_device
 from fast_decoding import compile_decoding
-from files.text import check_target, file_digest, regular_file, write_json, write_json_lines
+from files.text import check_target, file_digest, regular_file, write_json_lines
 from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity,
                                 sanity_rows)
-from scoring.contract import contract, print_choices, print_contract
+from scoring.contract import print_choices, tell_contract
 from scoring.metrics import check_metrics
 from scoring.partial_file import PartialFile
 from scoring.scores import print_table, read_predictions, references_of, score
@@ -92,8 +92,9 @@ def settings_of(model, records, root, args, blind):
     weights, asked = file_digest(pathlib.Path(args.model, "model.safetensors"))[:16], 0
     for record in records:
         asked = zlib.crc32(json.dumps(record).encode(), asked)
-    return {"model": weights, "records": asked, "images": os.path.abspath(root), "blind": blind, "dtype": args.dtype,
-            "MDA layers": len(model.mda), "max-new-tokens": args.max_new_tokens, "batch": args.batch}
+    return {"model": weights, **model.checksums(), "records": asked, "images": os.path.abspath(root), "blind": blind,
+            "dtype": args.dtype, "MDA layers": len(model.mda), "decoding": "greedy",
+            "max-new-tokens": args.max_new_tokens, "batch": args.batch}
 
 
 # ---------------------------------------------------------------------------------------------- ask
@@ -269,10 +270,8 @@ def run_benchmarks(model, tokenizer, jobs, args, file=None):
         columns |= {heading: score(rows, args.metrics) for heading, rows in unasked.items()}
         print(f"\n{BENCHMARKS[name].title}, {split} split, {len(records):,} records, {args.model or 'no model'}")
         print_table(columns)
-        found = contract(args, name, split, records, root, model)
-        print_contract(found)
-        if out:
-            from_first(lambda out=out, found=found: write_json(out.with_suffix(".contract.json"), found))
+        answered = settings_of(model, records, root, args, args.blind) if model else {}
+        from_first(partial(tell_contract, out, name, split, records, root, columns, answered))
         results[name] = split, columns
     print_sanity(results)
     print_published(results, args.benchmark == "all")

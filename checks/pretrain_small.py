@@ -28,17 +28,17 @@ from commands.arguments import SEEDS, Parser, whole
 from convnext import CONVNEXTS, ChannelNorm
 from corpora.prompts import IMAGE_LINE, PROMPTS
 from corpora.table import read_corpus
-from files.text import read_json, write_json
+from files.text import read_json, regular_file, write_json
 from files.weights import open_safetensors, open_tensors, write_tensors
 from llama import LLAMAS, Llama, save_llama
 from pictures.image_files import CLIP_MEAN, CLIP_STD, fit_image, load_image
+from scoring.contract import STOP_WORDS
 from tokenizer import load_tokenizer
 from toy.drawing import make_scene
 from toy.scenes import take_turns
 
 SIDE, FIRST_SIDE = 192, 128                 # of a picture; most steps see smaller ones, at less than half the price
 FIRST = 0.8                                 # share of those steps
-EMPTY_WORDS = "a an the of and is are in on at to it its with there this that be by"
 
 # ---------------------------------------------------------------------------------------------- the vision encoder
 
@@ -57,13 +57,13 @@ class Teacher(nn.Module):
     def __init__(self, path):
         super().__init__()
         import timm                         # in the peers' environment alone
-        stored = torch.load(path, weights_only=True)
-        whole = timm.create_model("tf_efficientnet_lite2")
-        whole.load_state_dict(dict(zip(whole.state_dict(), stored.values(), strict=True)))     # the same in this order
+        stored = list(torch.load(regular_file(path), weights_only=True).values())
+        whole = timm.create_model("tf_efficientnet_lite2").state_dict()
+        if [t.shape for t in stored] != [t.shape for t in whole.values()]:         # other names, but the same order
+            raise ValueError(f"{path}: no EfficientNet-Lite2; expected its {len(whole)} tensors, found {len(stored)}")
         self.net = timm.create_model("tf_efficientnet_lite2", features_only=True, out_indices=(1, 2, 3, 4))
-        missing = self.net.load_state_dict(whole.state_dict(), strict=False).missing_keys      # without what follows
-        if missing:
-            raise ValueError(f"{path}: no EfficientNet-Lite2, {missing[0]} is missing")
+        names = self.net.state_dict()                          # without the layers that follow the maps
+        self.net.load_state_dict({name: t for name, t in zip(whole, stored) if name in names})
         self.dims = self.net.feature_info.channels()
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -119,7 +119,7 @@ def pretrain_vision(args):
 
     def loss_of_step(step):
         rng = np.random.default_rng([args.seed, step])
-        chosen = rng.integers(0, len(photographs), 42)   # one picture in eight is a scene
+        chosen = rng.integers(0, len(photographs), 42)         # and one picture in eight is a scene
         images = torch.cat((photographs[chosen], scenes[rng.integers(0, len(scenes), 6)]))
         images = augment(images, FIRST_SIDE if step < FIRST * steps else SIDE, rng)
         with torch.autocast("cpu", torch.bfloat16):
@@ -165,7 +165,7 @@ def photo_in_words(captions, asked, rng):
     the picture; then a caption and up to three questions. One in five has no such words.
     """
     words = {word for text in captions for word in re.findall("[a-z]+", text.lower())}
-    words = sorted(words - set(EMPTY_WORDS.split()))
+    words = sorted(words - STOP_WORDS)
     words = rng.permutation(words)[:rng.integers(3, 16)] if rng.random() < 0.8 else ()
     turns = [(f"{rng.choice(PROMPTS['caption'])}", str(rng.choice(captions)))]
     turns += [asked[i] for i in rng.permutation(len(asked))[:3]]

@@ -17,7 +17,7 @@ from files.text import read_json
 
 RARE = 0.02                                 # of a class's photographs: what fewer of them show is not expected there
 PER_PHOTO = 2                               # things asked for that are there, and as many that are not
-SURPLUS = 20
+SURPLUS = 20                                # by so many may a thing be there oftener than not, or the other way
 
 THINGS = {                                  # name: the words of captions that mean it
     "tree": "tree trees", "building": "building buildings house houses", "road": "road roads street streets highway",
@@ -32,12 +32,13 @@ THINGS = {                                  # name: the words of captions that m
     "railway": "railway railways railroad", "viaduct": "viaduct viaducts", "parking lot": "parking",
     "runway": "runway runways",
 }
-AREAS = {                                   # scene class, its letters alone: what it is called
+AREAS = {                                   # area: the scene classes of it
     "rural": "bare land, beach, desert, farmland, forest, meadow, mountain",
     "urban": "center, church, commercial, dense residential, industrial, medium residential, parking, playfields, "
              "playground, railway station, school, square, stadium, storage tanks, viaduct",
     "": "airport, baseball field, bridge, park, pond, port, resort, river, sparse residential",    # either
 }
+# scene class, its letters alone: (what it is called, area)
 SCENES = {name.replace(" ", ""): (name, area) for area, names in AREAS.items() for name in names.split(", ")}
 
 
@@ -71,8 +72,7 @@ def things_in(caption):
 def choose_things(photos):
     """
     photos: (name, scene, things that every caption names, things that some name) -> {name: (present, absent), two lists
-    of equal length}. What has been asked for least comes first; nothing is asked for that was SURPLUS times oftener
-    present than absent, or the other way around.
+    of equal length}. What has been asked for least comes first, within SURPLUS.
     """
     size, shown = Counter(scene for _, scene, _, _ in photos), Counter()
     for _, scene, _, some in photos:

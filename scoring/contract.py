@@ -2,8 +2,8 @@
 What a figure depends on, so that two figures can be compared.
 
 The contract of a benchmark names its files by hash, its rows, prompts, scoring and decoding; evaluate.py prints it and
-keeps it in OUT.contract.json. `python evaluate.py --contract pred.jsonl` scores the same predictions under other
-choices: how far does each move the figure?
+keeps it as pred.contract.json beside pred.jsonl. `python evaluate.py --contract pred.jsonl` scores the same predictions
+under other choices: how far does each move the figure?
 """
 import hashlib
 import re
@@ -15,7 +15,7 @@ import torch
 from corpora.prompts import IMAGE_LINE
 from corpora.table import files_of
 from data import image_names
-from files.text import file_digest
+from files.text import file_digest, write_json
 from scoring.benchmarks import BENCHMARKS
 from scoring.metrics import bleu, normalize_answer, tokenize
 from scoring.scores import references_of
@@ -29,8 +29,11 @@ SYNONYMS = {"airplane": "plane", "aircraft": "plane", "vehicle": "car", "ship": 
             "house": "building", "true": "yes", "false": "no", "none": "0"}
 
 
-def contract(args, name, split, records, root, model=None):
-    """{what: its value}, all that the figures of one benchmark depend on."""
+def contract(name, split, records, root, scores, answered):
+    """
+    {what: its value}, all that the figures of one benchmark depend on, and the figures. scores: {heading: scores};
+    answered: what the model's answers depend on, {} without a model.
+    """
     images = sorted({image for record in records for image in image_names(record)})
     seen, missing = hashlib.sha256(), 0
     for image in images:
@@ -38,25 +41,26 @@ def contract(args, name, split, records, root, model=None):
         missing += not path.is_file()
         seen.update(f"{image} {file_digest(path) if path.is_file() else 'missing'}\n".encode())
     prompts = Counter(record["conversations"][-2]["value"].removeprefix(IMAGE_LINE) for record in records)
-    found = {"benchmark": name, "split": split, "rows": len(records),
-             "files": {path.name: file_digest(path)[:16] for path in files_of(name, root, split)},
-             "images": {"number": len(images), "missing": missing, "digest": seen.hexdigest()[:16]},
-             "prompts": dict(prompts.most_common(8)) | ({"other": len(prompts) - 8} if len(prompts) > 8 else {}),
-             "scoring": SCORING[BENCHMARKS[name].metric], "torch": torch.__version__}
-    if model:
-        found |= {"model": {"own": file_digest(Path(args.model, "model.safetensors"))[:16], **model.checksums()},
-                  "chat": model.config.chat, "picture": f"{model.config.image_size} pixels, {model.config.fit}",
-                  "decoding": f"greedy, at most {args.max_new_tokens} tokens, {args.batch} prompts at once",
-                  "dtype": args.dtype, "device": str(next(model.parameters()).device.type)}
-    return found
+    return {"benchmark": name, "split": split, "rows": len(records),
+            "files": {path.name: file_digest(path)[:16] for path in files_of(name, root, split)},
+            "images": {"number": len(images), "missing": missing, "digest": seen.hexdigest()[:16]},
+            "prompts": dict(prompts.most_common(8)) | ({"other": len(prompts) - 8} if len(prompts) > 8 else {}),
+            "scoring": SCORING[BENCHMARKS[name].metric], "torch": torch.__version__, "answers": answered,
+            "figures": {heading: {what: round(value, 2) for what, (value, _) in found.items()}
+                        for heading, found in scores.items()}}
 
 
-def print_contract(found):
+def tell_contract(out, *parts):
+    """Print the contract of these parts, and keep it beside the predictions, if they go to a file `out`."""
+    found = contract(*parts)
     print("what these figures depend on:")
     for what, value in found.items():
         if isinstance(value, dict):
             value = "; ".join(f"{key} {each}" for key, each in value.items())
-        print(f"  {what:10} {' '.join(str(value).split())[:300]}")
+        if value and what != "figures":     # they stand above
+            print(f"  {what:10} {' '.join(str(value).split())[:300]}")
+    if out:
+        write_json(out.with_suffix(".contract.json"), found)
 
 
 # ---------------------------------------------------------------------------------------------- other choices
