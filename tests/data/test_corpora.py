@@ -18,6 +18,7 @@ from checks.stand_ins import karpathy, put, write_rsvqa
 from corpora.__main__ import main
 from corpora.coco import SAMPLINGS, SHARES, plural
 from corpora.conversations import read_llava
+from corpora.photo_questions import PER_PHOTO, SURPLUS, THINGS, choose_things
 from corpora.prompts import PROMPTS, SCENE_TEXT
 from corpora.questions import answer_class
 from corpora.table import CORPORA, MIXES, read_corpus
@@ -86,6 +87,19 @@ def test_photo_questions_are_answered_by_the_captions(tmp_path):
     assert {"yes", "no"} <= {answer for kind, answer in answers if kind == "comp"}
     put(tmp_path / "classes.json", {"00007.jpg": "Airport"})
     assert len(convert(tmp_path, "rsicd-questions")) > len(asked)
+
+
+def test_things_are_chosen_in_balance_and_never_against_a_caption():
+    told = {"airport": {"plane", "car", "road"}, "forest": {"forest", "meadow", "pond"}}
+    photos = []
+    for i in range(1000):                   # one in four has a thing that is rare in its class, in some caption
+        name, more = list(told)[i % 2], list(THINGS)[i // 4 % len(THINGS)]
+        photos.append((str(i), (name, ""), told[name], told[name] | ({more} if i % 8 < 2 else set())))
+    asked = choose_things(photos)
+    assert all(len(present) == len(absent) <= PER_PHOTO for present, absent in asked.values())
+    assert not any(set(asked[name][1]) & some for name, _, _, some in photos)
+    present, absent = (Counter(thing for pair in asked.values() for thing in pair[k]) for k in (0, 1))
+    assert sum(present.values()) > 50 and max((present - absent).values()) <= SURPLUS
 
 
 def test_nwpu(tmp_path):

@@ -88,10 +88,12 @@ def test_kept_maps_give_the_same_answers(tmp_path, monkeypatch):
     read = lambda: model(data.collate([rows[i] for i in range(3)]))[1]
     expected = read()
     keep_maps(tmp_path)
-    first, again = read(), read()
+    first, again, row_size = read(), read(), rows[0]["images"].numel()
     assert torch.allclose(first, expected, atol=5e-3) and torch.equal(first, again)
     rows.records = [*records[1:], records[0]]                                      # other scenes, other maps
     assert len(list(tmp_path.rglob("*.npy"))) == 3 and not torch.allclose(read(), expected, atol=1e-2)
+    rows.config = dataclasses.replace(model.config, image_size=64)
+    assert 4 * rows[0]["images"].numel() == row_size                               # another size, other maps
 
 
 def test_figures_are_the_scorers(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from aquila import PRESETS, build, load_model, save_model
 from checks import photographs, pretrain_small
 from checks.stand_ins import karpathy, put
 from evaluate import main as evaluate
@@ -54,6 +55,18 @@ def test_a_photograph_in_words():
         assert set(words.split()) <= {"many", "planes", "plane", "airport"}
         with_words += bool(words)
     assert 25 < with_words < 40
+
+
+def test_what_is_shipped_is_the_model_in_half_precision(tmp_path):
+    model = build(PRESETS["tiny"])
+    save_model(model, tmp_path / "trained")
+    pretrain_small.main(["ship", "--model", str(tmp_path / "trained"), "--out", str(tmp_path)])
+    shipped = load_model(tmp_path / "small")
+    assert shipped.config == model.config
+    for (name, p), q in zip(model.named_parameters(), shipped.parameters(), strict=True):
+        assert torch.equal(p.half().float() if name in model.own_parameters() else p, q)
+    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
+    assert size("small") < 0.52 * size("trained")
 
 
 def test_consensus_shares_most_words():
@@ -107,7 +120,9 @@ def test_ways_to_score_a_caption():
     assert found["letters' case kept"] == pytest.approx(20, abs=0.01)              # two, of A Plane , two cars
     assert found["plural s cut off"] == pytest.approx(100, abs=0.01)
     assert found["without stop words"] == pytest.approx(100 * 2 / 3, abs=0.01)
-    assert found["the first 1 references"] == pytest.approx(75, abs=0.01)
+    later = caption_choices([{"prediction": "two cars", "references": ["a road", "two planes", "many cars"]}])
+    assert [later[f"the first {n} references"] for n in (1, 2)] == pytest.approx([0, 50], abs=0.01)
+    assert later["as scored"] == pytest.approx(100, abs=0.01)
 
 
 def test_ways_to_score_an_answer():
