@@ -3,11 +3,16 @@ Is the LM hurt by learning to see? Unseen scenes told in words, no picture: what
 with the LoRA of a trained model.
 
     python -m checks.told --model runs/tiny/stage2 [--scenes 300]
+    python -m checks.told --model runs/smollm2/stage2 --text english.txt
 
 A scene is told as in pretraining, object by object or place by place, then one question is asked. The last row is the
 loss a token of the whole text, in nats: an LM that has lost its language shows it there first. Without LoRA the
-model's LM is compared with the published one bit for bit.
+model's LM is compared with the published one bit for bit. --text: instead of scenes, the loss and the perplexity of a
+text file, read in pieces of 512 tokens.
 """
+import math
+import pathlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,10 +23,14 @@ from commands.arguments import Parser, whole
 from commands.progress import Progress
 from corpora.prompts import SHORT_ANSWER
 from data import collate, encode_record
+from files.text import naming, regular_file
 from scoring.scores import print_table, score
 from tokenizer import IGNORE, load_tokenizer
 from toy.layout import Key, make_layout
 from toy.scenes import questions, take_turns
+
+
+PIECE = 512                                 # tokens of a text that are read at once
 
 
 def told_records(scenes):
@@ -42,6 +51,17 @@ def text_loss(llm, ids, lengths):
     target = ids[:, 1:].masked_fill(~real[:, 1:], IGNORE)
     logits = llm(llm.embed(ids[:, :-1])).transpose(1, 2)
     return F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum").item(), int(real[:, 1:].sum())
+
+
+def read_plain(llm, tokenizer, text):
+    """-> loss and perplexity of a token, of a text in plain English."""
+    pieces = torch.tensor(tokenizer.encode(text)).split(PIECE)
+    rows, progress = [], Progress("pieces", len(pieces))
+    for piece in pieces:
+        rows.append(text_loss(llm, piece[None], torch.tensor([len(piece)])))
+        progress.show(len(rows))
+    total, tokens = map(sum, zip(*rows))
+    return {"loss a token": (total / tokens, tokens), "perplexity": (math.exp(total / tokens), tokens)}
 
 
 def read(model, tokenizer, records, chat, label):
@@ -68,10 +88,16 @@ def compare(args):
     own = {name: p for name, p in model.llm.named_parameters() if ".lora_" not in name}
     same = sum(torch.equal(p, own[name]) for name, p in published.named_parameters())
     print(f"without LoRA {same} of {len(own)} tensors of the LM are the published ones bit for bit")
-    records = told_records(args.scenes)
-    columns = {"trained": read(model, tokenizer, records, c.chat, "trained")}
-    model.llm = published
-    columns["published"] = read(model, tokenizer, records, c.chat, "published")
+    if args.text:
+        with naming(args.text):
+            text = regular_file(args.text).read_text(encoding="utf-8")
+        columns = {name: read_plain(llm, tokenizer, text)
+                   for name, llm in (("trained", model.llm), ("published", published))}
+    else:
+        records = told_records(args.scenes)
+        columns = {"trained": read(model, tokenizer, records, c.chat, "trained")}
+        model.llm = published
+        columns["published"] = read(model, tokenizer, records, c.chat, "published")
     print_table(columns)
 
 
@@ -79,6 +105,7 @@ def main():
     parser = Parser(prog="python -m checks.told", description=__doc__)
     parser.add_argument("--model", required=True, help="folder that train.py wrote")
     parser.add_argument("--scenes", type=whole(1), default=300, help="of the test split (default 300)")
+    parser.add_argument("--text", type=pathlib.Path, metavar="FILE", help="read this text, not scenes")
     parser.run(compare)
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from aquila import PRESETS, build, load_model, save_model
-from checks import photographs, pretrain_small
+from aquila import PRESETS, build, load_lm, load_model, locate_weights, save_model
+from checks import photographs, pretrain_small, told
 from checks.stand_ins import karpathy, put
 from evaluate import main as evaluate
 from scoring.contract import answer_choices, caption_choices
+from tokenizer import load_tokenizer
 
 
 class Drawn:
@@ -67,6 +68,19 @@ def test_what_is_shipped_is_the_model_in_half_precision(tmp_path):
         assert torch.equal(p.half().float() if name in model.own_parameters() else p, q)
     size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
     assert size("small") < 0.52 * size("trained")
+
+
+def test_perplexity_of_a_text():
+    """An LM that knows nothing has the perplexity of its vocabulary; the published one less, and it reads every token."""
+    folder = locate_weights(PRESETS["tiny"].llm_dir, "language model")
+    text = " ".join(record["conversations"][0]["value"] for record in told.told_records(5))
+    llm, tokenizer = load_lm(folder), load_tokenizer(folder)
+    read, tokens = told.read_plain(llm, tokenizer, text)["perplexity"]
+    pieces = -(-len(tokenizer.encode(text)) // told.PIECE)
+    assert pieces > 1 and tokens == len(tokenizer.encode(text)) - pieces           # but the first of a piece
+    torch.nn.init.zeros_(llm.embed.weight)                                         # tied: its output matrix, too
+    blank, _ = told.read_plain(llm, tokenizer, text)["perplexity"]
+    assert blank == pytest.approx(llm.embed.weight.shape[0], rel=1e-4) and read < blank / 2
 
 
 def test_consensus_shares_most_words():
