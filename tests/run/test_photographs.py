@@ -71,7 +71,7 @@ def test_what_is_shipped_is_the_model_in_half_precision(tmp_path):
 
 
 def test_perplexity_of_a_text():
-    """An LM that knows nothing has the perplexity of its vocabulary; the published one less, and it reads every token."""
+    """An LM that knows nothing has the perplexity of its vocabulary; the published one less; every token is read."""
     folder = locate_weights(PRESETS["tiny"].llm_dir, "language model")
     text = " ".join(record["conversations"][0]["value"] for record in told.told_records(5))
     llm, tokenizer = load_lm(folder), load_tokenizer(folder)
