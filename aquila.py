@@ -71,9 +71,6 @@ class AquilaConfig:
         for name, known in (("integration", "sfi concat"), ("fit", "resize letterbox"), ("pooling", "area binary")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected {' or '.join(known.split())}")
-        wrong = [i for i in self.mda_layers if not 0 <= i < self.llm.n_layers]
-        if wrong:
-            raise ValueError(f"mda_layers {wrong}: the LM has layers 0 to {self.llm.n_layers - 1}")
 
     @property
     def family(self):
@@ -137,6 +134,9 @@ class Aquila(nn.Module):
 
     def __init__(self, config, vision=None, llm=None):
         super().__init__()
+        wrong = [i for i in config.mda_layers if not 0 <= i < config.llm.n_layers]
+        if wrong:
+            raise ValueError(f"mda_layers {wrong}: the LM has layers 0 to {config.llm.n_layers - 1}")
         self.config = config
         self.vision = vision or VisionEncoder(config.vision)
         self.llm = llm or LM(config.llm)

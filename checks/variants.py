@@ -180,7 +180,7 @@ def keep_maps(folder):
     preset). The encoder is frozen, so a run learns the same, but for the rounding. Where images change under the same
     names, the folder must go.
     """
-    draw = data.load_pixels
+    draw, encode = data.load_pixels, aquila.Aquila.encode_images
 
     def load_maps(record, root, config, blind=False):
         name = "gray" if blind else record["image"].removeprefix("scene:").replace("/", "-")
@@ -205,9 +205,11 @@ def keep_maps(folder):
         return path
 
     def unpack(model, images):
-        side, dims = model.config.image_size, model.config.vision.dims
+        if images.dim() == 4:               # pixels: the sizes of a step are predicted with them
+            return encode(model, images)
+        side, dims, own = model.config.image_size, model.config.vision.dims, next(model.pyramid.parameters())
         shapes = [(side // stride, side // stride, c) for stride, c in zip(STRIDES, dims)]
-        parts = images.float().split([rows * cols * c for rows, cols, c in shapes], dim=1)
+        parts = images.to(own.dtype).split([rows * cols * c for rows, cols, c in shapes], dim=1)
         return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(parts, shapes)]
 
     data.load_pixels, aquila.Aquila.encode_images = load_maps, unpack

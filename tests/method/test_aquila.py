@@ -282,11 +282,18 @@ def test_the_papers_sizes():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"image_size": 100}, "multiple of 32"), ({"integration": "sum"}, "sfi or concat"),
-    ({"mda_layers": (0, 3)}, "layers 0 to 2")])
+    ({"image_size": 100}, "multiple of 32"), ({"integration": "sum"}, "sfi or concat")])
 def test_a_config_that_makes_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
+
+
+def test_mda_layers_are_those_of_the_lm_that_is_loaded():
+    """A preset's LM may have fewer than that of --llm."""
+    config = dataclasses.replace(PRESETS["tiny"], mda_layers=(0, 5), llm_dir="weights/small-llm")
+    assert list(build(config).mda) == ["0", "5"]
+    with pytest.raises(ValueError, match=r"mda_layers \[5\]: the LM has layers 0 to 3"):
+        build(dataclasses.replace(config, llm_dir=PRESETS["tiny"].llm_dir))
 
 
 def test_answers_are_text(small):

@@ -86,12 +86,15 @@ def test_kept_maps_give_the_same_answers(tmp_path, monkeypatch):
     records = make_records("train", 3, "chat", size=128)
     rows = data.Records(records, ".", load_tokenizer(model.config.llm_dir), model.config)
     read = lambda: model(data.collate([rows[i] for i in range(3)]))[1]
-    expected = read()
+    pixels = data.collate([rows[i] for i in range(3)])["images"]
+    maps, expected = model.encode_images(pixels), read()
     keep_maps(tmp_path)
+    assert all(map(torch.equal, model.encode_images(pixels), maps))                # pixels are encoded as before
     first, again, row_size = read(), read(), rows[0]["images"].numel()
     assert torch.allclose(first, expected, atol=5e-3) and torch.equal(first, again)
     rows.records = [*records[1:], records[0]]                                      # other scenes, other maps
     assert len(list(tmp_path.rglob("*.npy"))) == 3 and not torch.allclose(read(), expected, atol=1e-2)
+    assert model.bfloat16().encode_images(data.collate([rows[0]])["images"])[0].dtype == torch.bfloat16
     rows.config = dataclasses.replace(model.config, image_size=64)
     assert 4 * rows[0]["images"].numel() == row_size                               # another size, other maps
 
