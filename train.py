@@ -76,7 +76,7 @@ RECIPES = {
                        lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
     # From some 80,000 captions and questions of 8,734 photographs.
     "small": {1: Recipe(lr=2e-3, decay=0.05, warmup=0.06, batch=64, micro=32),
-              2: Recipe(lr=2e-3, decay=0.10, warmup=0.03, batch=64, micro=32,
+              2: Recipe(lr=1.5e-3, decay=0.10, warmup=0.03, batch=32, micro=16,
                         lora=LoRAConfig(rank=32, alpha=32, dropout=0.05))},
     "aquila-plus-7b": {1: Recipe(lr=1e-3, decay=0.05, warmup=0.06, grad_checkpoint=True),
                        2: Recipe(lr=2e-5, decay=0.0, warmup=0.03, grad_checkpoint=True),
