@@ -2,7 +2,9 @@
 # The four rows of Table 5 on photographs: two stages each on the captions of RSICD's train split, then its val split.
 # Rows that are there already are not trained again. The maps of the frozen encoder are kept (4 GB).
 #
-#     checks/photographs.sh RSICD [steps of stage 1] [steps of stage 2]      # default 200 of 64 and 800 of 32: some 15 minutes a row
+#     checks/photographs.sh RSICD [steps of stage 1] [steps of stage 2]
+#
+# By default 200 steps of 64 and 800 of 32, some 15 minutes a row.
 set -euo pipefail
 root=$1 first=${2:-200} second=${3:-800} out=runs/photographs-ladder
 mkdir -p "$out"
