@@ -29,7 +29,6 @@ from tokenizer import IGNORE, load_tokenizer
 from toy.layout import Key, make_layout
 from toy.scenes import questions, take_turns
 
-
 PIECE = 512                                 # tokens of a text that are read at once
 
 
@@ -55,7 +54,7 @@ def text_loss(llm, ids, lengths):
 
 def read_plain(llm, tokenizer, text):
     """-> loss and perplexity of a token, of a text in plain English."""
-    pieces = torch.tensor(tokenizer.encode(text)).split(PIECE)
+    pieces = torch.tensor(tokenizer.encode(text), dtype=torch.long).split(PIECE)
     rows, progress = [], Progress("pieces", len(pieces))
     for piece in pieces:
         rows.append(text_loss(llm, piece[None], torch.tensor([len(piece)])))
@@ -91,6 +90,8 @@ def compare(args):
     if args.text:
         with naming(args.text):
             text = regular_file(args.text).read_text(encoding="utf-8")
+            if len(tokenizer.encode(text)) < 2:
+                raise ValueError("expected a text of two tokens or more")
         columns = {name: read_plain(llm, tokenizer, text)
                    for name, llm in (("trained", model.llm), ("published", published))}
     else:
