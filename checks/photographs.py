@@ -10,9 +10,10 @@ rivals: the frozen maps of the train photographs, mean and deviation of each cha
 class-lookup.jsonl, the commonest train caption of the class so told, and neighbours.jsonl, of the captions of the 15
 nearest train photographs the one most like the others (arXiv 1505.04467). compare: BLEU-1 of the first file beside each
 other, with p as in checks.ladder, and how many different captions each has, and how many are train captions word for
-word. picture: every hundredth photograph of the file with its caption.
+word; NAME-0.jsonl, NAME-1.jsonl are one row, the mean of its seeds. picture: every hundredth photograph of the file with its caption.
 """
 import pathlib
+import re
 import textwrap
 from collections import Counter
 
@@ -105,18 +106,33 @@ def counts(path):
     return np.array(summary(path)["scenes"])
 
 
+def by_row(files):
+    """Paths -> {"folder/NAME": {seed: path}}, where a path without "-SEED" at its end has the seed ""."""
+    rows = {}
+    for path in files:
+        name, seed = re.fullmatch(r"(.+?)(?:-(\d+))?", str(path.with_suffix(""))).groups("")
+        rows.setdefault(name, {})[seed] = path
+    return rows
+
+
 def compare(args):
     known = {record["conversations"][1]["value"].strip() for record in read_corpus("rsicd", args.root)}
-    print(f"{'':34}{'BLEU-1':>8}{'first':>8}{'p':>7}{'different':>11}{'copies':>8}")
-    first = summary(args.files[0])
-    for path in args.files:
-        said = [row["prediction"].strip() for _, row in read_predictions(path)]
-        found, beside = summary(path), f"{'':15}"
-        if path != args.files[0]:
-            (mean, p), _ = difference([first], [found])
-            beside = f"{mean:+8.2f}{p:7.3f}"
-        print(f"{str(path)[-33:]:34}{found['scores']['BLEU-1']:8.2f}{beside}{len(set(said)):11,}"
-              f"{100 * np.mean([text in known for text in said]):7.1f}%")
+    print(f"{'':34}{'seeds':>6}{'BLEU-1':>8}{'first':>8}{'p':>7}{'different':>11}{'copies':>8}")
+    rows = by_row(args.files)
+    found = {path: summary(path) for path in args.files}
+    first = next(iter(rows.values()))
+    for name, seeds in rows.items():
+        said = [[row["prediction"].strip() for _, row in read_predictions(path)] for path in seeds.values()]
+        mean = lambda values: np.mean(list(values))
+        pairs = [(found[path], found[seeds.get(seed, seeds.get(""))]) for seed, path in first.items()
+                 if seed in seeds or "" in seeds]
+        beside = f"{'':15}"
+        if seeds is not first and pairs:
+            (gain, p), _ = difference(*zip(*pairs))
+            beside = f"{gain:+8.2f}{p:7.3f}"
+        print(f"{name[-33:]:34}{len(seeds):6}{mean(found[path]['scores']['BLEU-1'] for path in seeds.values()):8.2f}"
+              f"{beside}{mean(len(set(texts)) for texts in said):11,.0f}"
+              f"{100 * mean(text in known for texts in said for text in texts):7.1f}%")
 
 
 def picture(args, side=192, wide=300, high=290):

@@ -123,6 +123,14 @@ def test_rivals_compare_and_picture(rsicd, capsys):
                       *flags])
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert "100.0%" in first and "+0.00" in second
+    rows = [json.loads(line) for line in (rsicd / "out/neighbours.jsonl").read_text().splitlines()]
+    for name, words in {"long-0": "many planes .", "long-1": "many planes .", "short-1": "sand ."}.items():
+        put(rsicd / f"{name}.jsonl", "\n".join(json.dumps(row | {"prediction": words}) for row in rows))
+    names = "long-0", "long-1", "short-1", "out/neighbours"        # two seeds, one of them, and what needs no seed
+    photographs.main(["compare", *[str(rsicd / f"{name}.jsonl") for name in names], *flags])
+    long, short, beside = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:])
+    assert long[0] == "2" and short[0] == "1" and float(short[2]) == pytest.approx(float(long[1]) - float(short[1]))
+    assert float(beside[2]) == pytest.approx(float(long[1]) - float(beside[1]), abs=0.02)
     photographs.main(["picture", str(rsicd / "out/neighbours.jsonl"), *flags, "--out", str(rsicd / "p.png")])
     assert np.asarray(Image.open(rsicd / "p.png"))[100, 100].tolist() != [255, 255, 255]
 
