@@ -1,5 +1,5 @@
 """
-Aquila: image -> ConvNeXt pyramid -> SFI -> image tokens -> Llama, with SFI again between its layers (MDA) -> text.
+Aquila: image -> ConvNeXt: four maps -> SFI: image tokens -> Llama, with SFI again before some layers (MDA) -> text.
 (arXiv 2411.06074, Sec. 3, Figure 1)
 
     python aquila.py --preset aquila-8b                     # what flows where: shapes, parameters, stages
@@ -88,7 +88,8 @@ class AquilaConfig:
 PRESETS = {
     "aquila-8b": AquilaConfig(CONVNEXTS["xxlarge"], LLAMAS["llama-3-8b"]),
     # ASSUMPTION: how Aquila-plus makes its image tokens is not in its summary. Here it shares Aquila's SFI, and MDA if
-    # wanted: it is off at full size, where nothing asks for it, and on in tiny-plus, which answers better with it.
+    # wanted: it is off at full size, where nothing asks for it, and on in tiny-plus, which answers better with it. The
+    # summary has ConvNeXt-Large and Vicuna; 512 pixels and 7B are Osprey's.
     "aquila-plus-7b": AquilaConfig(CONVNEXTS["large"], LLAMAS["vicuna-7b"], image_size=512, mda_layers=(),
                                    chat="vicuna", region_dim=1024),
     "tiny": AquilaConfig(CONVNEXTS["tiny"], LLAMAS["tiny"], image_size=128, dim=128, heads=4, mda_layers=(0, 1, 2, 3),
@@ -100,9 +101,10 @@ PRESETS = {
 PRESETS["tiny-plus"] = dataclasses.replace(PRESETS["tiny"], chat="vicuna", region_dim=128, region_side=32)
 
 # Which parts a stage trains; all else is frozen, the vision encoder always. "pyramid" has the projectors, "tokens" the
-# learned queries and the first SFI, "mda" the SFIs between the LM's layers. Aquila: Sec. 3.5. Aquila-plus: its summary
-# says three stages and lists the first and the last; the one between is Osprey's. In stage 3 the LM learns by LoRA, or
-# with its own weights (full_llm). ASSUMPTION: the projectors train in stage 1, too.
+# learned queries and the first SFI, "mda" the SFIs before the LM's layers. Aquila: Sec. 3.5, which names "the SFI
+# module" and in stage 2 LoRA. ASSUMPTION: in both stages that takes in the projectors and MDA's SFIs. Aquila-plus: its
+# summary says three stages and lists the first and the last; ASSUMPTION: the one between is Osprey's. In stage 3 the LM
+# learns by LoRA, or with its own weights (full_llm).
 TRAINS = {
     "aquila": {1: ("pyramid", "tokens", "mda"),                                    # align
                2: ("pyramid", "tokens", "mda", "lora")},                           # instruct
@@ -119,8 +121,9 @@ class MDALayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # ASSUMPTION: the paper is silent about norm and return. The query is RMS-normed; the way back starts at zero,
-        # so that training begins with the untouched LM; every MDA layer has its own weights.
+        # ASSUMPTION: the paper says no more than "multiple SFI operations within the LLM layers". Here the queries are
+        # the hidden states at image positions, RMS-normed, before a layer; text positions stay as they are; W_O starts
+        # at zero, so that training begins with the untouched LM; every MDA layer has its own weights.
         self.norm = RMSNorm(config.llm.dim, config.llm.norm_eps)
         self.sfi = SFI(config.llm.dim, config.dim, len(config.vision.dims), config.llm.dim, config.heads)
         nn.init.zeros_(self.sfi.wo.weight)
@@ -158,8 +161,8 @@ class Aquila(nn.Module):
 
     def checksums(self, all_bits=False):
         """
-        {frozen part: checksum of 64 values of each tensor}: of any layout the same, read as float32 or bfloat16.
-        all_bits: of every bit of them (some 10 s for 8 B), the same in this dtype alone.
+        {frozen part: checksum of the first 64 values of each tensor, as bfloat16}: the same for any layout of the file,
+        read as float32 or bfloat16. all_bits: of every bit of them (some 10 s for 8 B), the same in this dtype alone.
         """
         trained, sums = self.own_parameters(), {}
         for name, p in self.named_parameters():
@@ -190,20 +193,21 @@ class Aquila(nn.Module):
             return x, None
         maps = self.encode_images(images)
         pyramid, image_tokens = self.image_tokens(maps)
-        if batch.get("image_of") is not None:                                      # some are used several times
-            pyramid, image_tokens = [x[batch["image_of"]] for x in pyramid], image_tokens[batch["image_of"]]
+        uses = batch.get("image_of")
+        if uses is not None:                # images that several records share were encoded once
+            pyramid, image_tokens = [windows[uses] for windows in pyramid], image_tokens[uses]
         n, N, D = image_tokens.shape
         if slots.sum() != n * N:
             raise ValueError(f"{int(slots.sum())} image slots in the prompts, {n} images of {N} tokens: cut prompt?")
         x = x.masked_scatter(slots[..., None], image_tokens.to(x.dtype))           # fill the slots, in order
         x = self.fill_regions(x, batch, maps)
 
-        def mda(i, x):
+        def mda(i, hidden):                 # (B, T, D), before LM layer i
             if str(i) not in self.mda:
-                return x
-            hidden = x[slots].view(n, N, D)
-            hidden = hidden + self.mda[str(i)](hidden, pyramid).to(x.dtype)
-            return x.masked_scatter(slots[..., None], hidden)                      # text positions stay as they are
+                return hidden
+            seen = hidden[slots].view(n, N, D)
+            seen = seen + self.mda[str(i)](seen, pyramid).to(hidden.dtype)
+            return hidden.masked_scatter(slots[..., None], seen)                   # text positions stay as they are
 
         return x, mda if self.mda else None
 

@@ -39,7 +39,7 @@ from tokenizer import IGNORE, IMAGE_SLOT, MASK_SLOT, POSITION_SLOT
 
 GRAY = (128, 128, 128)                      # the picture that a blind model is shown
 READ = ("conversations", "image", "masks", "references", "type")                   # keys of a record; slips are errors
-KNOWN = (*READ, "id", "sampling", "task", "tasks", "style")                        # the last three are no such slips
+KNOWN = (*READ, "id", "sampling", "task", "tasks", "style")                        # the last three are not read
 near_keys = lru_cache(difflib.get_close_matches)                                   # a million records share a few keys
 
 
@@ -52,11 +52,11 @@ class RecordFile(Sequence):
     """
 
     def __init__(self, path):
-        self.path, self.packed = regular_file(path), None
+        self.path, self.packed, self.unit = regular_file(path), None, "line"
         with open(path, "rb") as lines:
             if lines.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 lines = [json.dumps(record).encode() for record in parse_json(self.path.read_bytes(), path)]
-                self.packed = b"".join(lines)
+                self.packed, self.unit = b"".join(lines), "record"
             else:
                 lines.seek(0)
             places, end = array("q"), 0
@@ -87,7 +87,7 @@ class RecordFile(Sequence):
             part.places = self.places[i]
             return part
         number, record = self.raw(i)
-        with naming(f"{self.path}, line {number}"):
+        with naming(f"{self.path}, {self.unit} {number}"):
             check_form(record)
         return {**record, "id": str(record.get("id", number))}
 
@@ -307,14 +307,15 @@ def load_pixels(record, root, config, blind=False):
     """
     A record's images (n, 3, size, size) and masks (R, size, size), float32; blind: gray images, the masks as they are.
     """
-    size, fit, images, masks = config.image_size, config.fit, [], []
+    size, fit, images, image_size = config.image_size, config.fit, [], None
     gray = Image.new("RGB", (size, size), GRAY)
     for name in image_names(record):
-        image, image_size = gray, None
+        image = gray
         if record.get("masks") or not blind:
             image, image_size = fitted_image(name, root, size, fit)
         images.append(to_tensor(gray if blind else image))
-        masks = [fit_mask(decode_mask(value, image_size, root), size, fit) for value in record.get("masks") or ()]
+    masks = [fit_mask(decode_mask(value, image_size, root), size, fit)             # of the one image that there is then
+             for value in record.get("masks") or ()]
     return (torch.stack(images) if images else torch.zeros(0, 3, size, size),
             torch.stack(masks) if masks else torch.zeros(0, size, size))
 
@@ -373,9 +374,9 @@ def collate(rows, skip_bad=False):
 
 def collate_images(rows):
     """
-    images (n, 3, H, W), each once, in the order of their slots; image_of (m,) long, the one that each use of an image
-    is, or None when none is used twice; masks (n, R, H, W), of all rows with that image, padded with empty ones;
-    regions (k, 2) long, the image and the mask that each region slot means. What no row has is None.
+    images (n, 3, H, W), each once, in the order of their slots; image_of (m,) long, for each `<image>` of the prompts
+    its row in images, or None when none is there twice; masks (n, R, H, W), of all rows with that image, padded with
+    empty ones; regions (k, 2) long, the image and the mask that each region slot means. What no row has is None.
     """
     images, image_of, masks, regions, place = [], [], [], [], {}                   # place: of a file among images
     for b, row in enumerate(rows):

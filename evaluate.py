@@ -58,7 +58,7 @@ def row_of(record, prediction):
 def predict(model, tokenizer, records, root, args, file=None, blind=False, label="model"):
     """
     The model's answer to the last turn of every record, as prediction rows. The records are cut into slices of --batch,
-    the same in however many processes, and asked in turns: in a turn each process takes a slice.
+    the same in however many processes, and asked in rounds: in a round each process takes a slice.
     file: the PartialFile that rows go to as they come, in the first process; what stands there is not asked again.
     """
     rank, world = rank_and_world()
@@ -73,7 +73,7 @@ def predict(model, tokenizer, records, root, args, file=None, blind=False, label
 
     def ask_slice():
         batch = next(loader, None)
-        if batch is None:                   # in the last turn some processes have none
+        if batch is None:                   # in the last round some processes have none
             return []
         return model.answer(to_device(batch, device), tokenizer, max_new_tokens=args.max_new_tokens)
 
@@ -120,7 +120,7 @@ def ask(model, tokenizer, args):
         printed = text
     print()
     hook.remove()
-    if args.timings and row["images"].numel():
+    if args.timings and ids:                # an image was looked at, and something said of it
         vision, prefill, *tokens = [b - a for a, b in zip(clock, clock[1:])]
         each = f", {sum(tokens) / len(tokens):.3f} s for each of {len(tokens)} more tokens" if tokens else ""
         print(f"vision {vision:.2f} s, prefill of {len(row['ids'])} tokens with SFI and MDA {prefill:.2f} s{each}",

@@ -52,8 +52,9 @@ def lora_layers(model):
 
 def seed_dropout(model, rows):
     """
-    Until told otherwise, row b of a batch draws its masks from rows[b] = (text, length), over its true length: then
-    padding, micro-batches and processes change no mask, and one that is made again is the same. None: drawn as usual.
+    rows[b] = (text, length): until the next call the masks of row b follow from this text and the layer's number, over
+    its first `length` positions. So padding, micro-batches and processes change no mask, and activation checkpointing
+    makes the same one again. None: torch's own dropout.
     """
     for number, (_, m) in enumerate(lora_layers(model)):
         m.draws = rows and [(zlib.crc32(f"{text} {number}".encode()), length) for text, length in rows]

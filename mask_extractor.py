@@ -3,12 +3,13 @@ The mask-aware extractor of Aquila-plus (arXiv 2411.06142): a region, given as a
 
     mask token      what is inside: each of the four raw feature maps averaged under the mask, a linear layer a scale,
                     summed, and a linear layer to the LM's width
-    spatial token   where it lies and how it is shaped: the mask itself, 224 x 224, through a small MLP
+    spatial token   where it lies and how it is shaped: the mask itself, 224 x 224, through an MLP of three layers
 
-The two tokens and the sizes are those of the paper's summary and of Osprey (Yuan et al. 2023), which it extends. One
-thing differs on purpose. Osprey brings a mask to a map's size by bilinear interpolation and `> 0`: a ship of 8 x 8
-pixels then covers no cell at stride 32, and its feature there is zero. Here a cell counts by the area of it that the
-mask covers (ASSUMPTION), so that no region vanishes; pooling="binary" gives the published way.
+The two tokens and the sizes are those of a summary of the paper (the paper itself was not at hand) and of Osprey (Yuan
+et al. 2023), which it extends. One thing differs on purpose. Osprey brings a mask to a map's size by bilinear
+interpolation and `> 0`: a ship of 8 x 8 pixels then covers no cell at stride 32, and its feature there is zero. Here a
+cell counts by the area of it that the mask covers (ASSUMPTION), so that no region vanishes; pooling="binary" pools the
+maps as Osprey does. (Osprey's spatial mask is 112 x 112, bilinear, its gray values kept.)
 """
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import nn
 def mask_weights(masks, size, pooling="area"):
     """
     in:  masks (B, R, h, w), bool or in [0, 1]; size (H, W) of a map.
-    out: (B, R, H, W) float, how much each cell counts: "area", the covered share of it; "binary", 0 or 1.
+    out: (B, R, H, W) float, how much each cell counts: "binary", 0 or 1; "area", the covered share of it (where H does
+         not divide h, cells overlap by up to a pixel, as adaptive_avg_pool2d cuts them).
     """
     masks = masks if masks.is_floating_point() else masks.float()
     if pooling == "area":

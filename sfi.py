@@ -1,12 +1,13 @@
 """
-Hierarchical Spatial Feature Integration (Aquila, Sec. 3.3): windowed cross-attention from a grid of queries to a
-pyramid of four feature maps.
+Hierarchical Spatial Feature Integration (Aquila, Sec. 3.3): windowed cross-attention from a grid of queries to four
+feature maps.
 
 Query i of a grid (rows, cols) attends to the k_s x k_s cells of scale s that lie under it, for every scale at once, and
-to nothing else. With strides 4, 8, 16, 32 and a grid as coarse as the last map, k = 8, 4, 2, 1: 85 keys a query.
+to nothing else. With strides 4, 8, 16, 32 and a grid as coarse as the last map, k = 8, 4, 2, 1: 85 keys a query. The
+windows of all scales together are the `pyramid`: it is made once an image, and every SFI of the model reads it.
 
     maps -> Pyramid (projectors, position codes, windows) -> ImageTokens (learned queries + SFI) -> image tokens
-                                                          -> SFI again between the layers of the LM (aquila.py, MDA)
+                                                          -> SFI again, before layers of the LM (aquila.py, MDA)
 
 Shapes: B images, N = rows cols queries, C width, nh heads, hd = C / nh, k window side, (c, H, W) a feature map.
 """
@@ -63,7 +64,7 @@ class SFI(nn.Module):
         K_i  = [W_K1 x_1(i_1) ; ... ; W_K4 x_4(i_4)]      the cells under query i, each scale with its own W_K
         V_i  = [W_V1 x_1(i_1) ; ... ; W_V4 x_4(i_4)]
         X_i* = Q_i + softmax(Q_i K_i^T / sqrt(C)) V_i     with heads, each on its hd = C / nh columns, by sqrt(hd)
-        out  = W_O X_i*
+        out  = W_O X_i*               not in the paper: its tokens have C = 1024 numbers, the LM's embeddings 4096
 
     in:  queries (1 or B, N, query_dim), 1 when all images share them; pyramid: a list of (B, N, k_s*k_s, C).
     out: (B, N, out_dim). B counts images.
@@ -77,10 +78,10 @@ class SFI(nn.Module):
         self.wq = nn.Linear(query_dim, dim, bias=False)
         self.wk = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(scales))
         self.wv = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(scales))
-        self.wo = nn.Linear(dim, out_dim, bias=False)                              # ASSUMPTION: C -> D, no bias
+        self.wo = nn.Linear(dim, out_dim, bias=False)                              # ASSUMPTION: linear, no bias
 
     def printed(self, queries, pyramid):
-        """The equation as it is printed: keys and values of every cell. What `forward` is proved equal to."""
+        """The equation as it is printed, with a key and a value of every cell. Tests prove `forward` equal to it."""
         q = self.wq(queries)                                                       # (1|B, N, C)
         k = torch.cat([wk(x) for wk, x in zip(self.wk, pyramid)], dim=2)           # (B, N, 85, C)
         v = torch.cat([wv(x) for wv, x in zip(self.wv, pyramid)], dim=2)           # (B, N, 85, C)
@@ -95,7 +96,7 @@ class SFI(nn.Module):
         """The same, without making a key or a value: see below."""
         q = self.wq(queries)
         gathered = FoldedAttention.apply(*fold_queries(self, q), *pyramid)         # a (B, N, nh, C) for each scale
-        mixed = sum(apply_wv(g, wv.weight, self.heads) for g, wv in zip(gathered, self.wv))
+        mixed = sum(apply_wv(g, wv) for g, wv in zip(gathered, self.wv))
         return self.wo(q + mixed)
 
 
@@ -111,18 +112,17 @@ def split_heads(x, heads):
 #     sum_j a_j (W_V x_j) = W_V (sum_j a_j x_j)      apply W_V to the weighted sum, instead of to every cell
 #
 # so that no key and no value is ever made: at the paper's size 4,096 vectors are projected rather than 87,040, for keys
-# and again for values. It is about ten times as fast, with a fifth of the memory or less (`checks.bench sfi`); MDA too.
+# and again for values. It is 7 to 13 times as fast, with less than a quarter of the memory (`checks.bench sfi`).
 
 def fold_queries(sfi, q):
     """q (1|B, N, C), W_Q applied -> q W_Ks / sqrt(hd) of every scale s and head: a list of (1|B, N, nh, C)."""
-    return [fold(q * (q.shape[-1] // sfi.heads) ** -0.5, wk.weight.to(q.dtype), sfi.heads) for wk in sfi.wk]
+    q = q.unflatten(-1, (sfi.heads, -1))                                           # (1|B, N, nh, hd)
+    return [torch.einsum("bnhd,hdc->bnhc", q * q.shape[-1] ** -0.5, rows_of_heads(wk, q)) for wk in sfi.wk]
 
 
-def fold(q, wk, heads):
-    """q W_K of each head: (1|B, N, C), (C, C) -> (1|B, N, nh, C)."""
-    if heads == 1:
-        return (q @ wk)[:, :, None]
-    return torch.einsum("bnhd,hdc->bnhc", q.unflatten(-1, (heads, -1)), wk.view(heads, -1, wk.shape[1]))
+def rows_of_heads(linear, like):
+    """The weight (C, C) of a linear layer, cut into the rows of each head: (nh, hd, C)."""
+    return linear.weight.to(like.dtype).unflatten(0, (like.shape[2], -1))
 
 
 def softmax_weights(folded, pyramid):
@@ -133,12 +133,9 @@ def softmax_weights(folded, pyramid):
     return [a.to(x.dtype) for a, x in zip(weights, pyramid)]
 
 
-def apply_wv(gathered, wv, heads):
-    """W_V of each head on what that head gathered: (B, N, nh, C), (C, C) -> (B, N, C)."""
-    wv = wv.to(gathered.dtype)
-    if heads == 1:
-        return F.linear(gathered[:, :, 0], wv)
-    return torch.einsum("bnhc,hdc->bnhd", gathered, wv.view(heads, -1, wv.shape[1])).flatten(2)
+def apply_wv(gathered, wv):
+    """W_V of each head on what that head gathered, (B, N, nh, C) -> (B, N, C)."""
+    return torch.einsum("bnhc,hdc->bnhd", gathered, rows_of_heads(wv, gathered)).flatten(2)
 
 
 def attention_weights(sfi, queries, pyramid):
@@ -152,9 +149,10 @@ class FoldedAttention(torch.autograd.Function):
     """
     (folded queries of every scale, windows of every scale) -> the weighted sum of each scale's cells, (B, N, nh, C).
 
-    Its forward is `softmax_weights` and one product per scale. Plain autograd would make the gradient of the pyramid
-    twice, once for the scores and once for the sums, and add the two: three passes over the largest tensors there are.
-    Here it is one product: dx = ds^T f + a^T dg = [ds; a]^T [f; dg].
+    Its forward is `softmax_weights` and one product per scale. With f the folded queries, x the cells, s = f x^T the
+    scores, a their softmax, g = a x the sums, and d before each its gradient: plain autograd would make dx twice, once
+    by s and once by g, and add the two, three passes over the largest tensors there are. Here it is one product:
+    dx = ds^T f + a^T dg = [ds; a]^T [f; dg].
     """
 
     @staticmethod
@@ -167,19 +165,19 @@ class FoldedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        saved, scales = ctx.saved_tensors, len(grads)          # unpacked once: activation checkpointing allows no more
+    def backward(ctx, *dg):
+        saved, scales = ctx.saved_tensors, len(dg)             # unpacked once: activation checkpointing allows no more
         folded, pyramid, weights = saved[:scales], saved[scales:2 * scales], saved[2 * scales:]
-        grads = [g.to(x.dtype) for g, x in zip(grads, pyramid)]
+        dg = [dg_i.to(x.dtype) for dg_i, x in zip(dg, pyramid)]                    # dg_i: of one scale
         # Softmax: ds = a (da - sum a da), the sum over the keys of all scales.
-        da = [g @ x.transpose(-1, -2) for g, x in zip(grads, pyramid)]
-        total = sum((a * d).sum(-1, keepdim=True) for a, d in zip(weights, da))
-        ds = [a * (d - total) for a, d in zip(weights, da)]
-        df = [(s @ x).sum_to_size(f.shape).to(f.dtype) for s, x, f in zip(ds, pyramid, folded)]
+        da = [dg_i @ x.transpose(-1, -2) for dg_i, x in zip(dg, pyramid)]
+        total = sum((a * da_i).sum(-1, keepdim=True) for a, da_i in zip(weights, da))
+        ds = [a * (da_i - total) for a, da_i in zip(weights, da)]
+        df = [(ds_i @ x).sum_to_size(f.shape).to(f.dtype) for ds_i, x, f in zip(ds, pyramid, folded)]
         dx = []
-        for s, a, f, g in zip(ds, weights, folded, grads):
-            f = f.to(g.dtype).expand_as(g)
-            dx.append(torch.cat((s, a), dim=2).transpose(-1, -2) @ torch.cat((f, g), dim=2))
+        for ds_i, a, f, dg_i in zip(ds, weights, folded, dg):
+            f = f.to(dg_i.dtype).expand_as(dg_i)
+            dx.append(torch.cat((ds_i, a), dim=2).transpose(-1, -2) @ torch.cat((f, dg_i), dim=2))
         return *df, *dx
 
 
@@ -190,15 +188,16 @@ class Pyramid(nn.Module):
     Four projectors, position codes, windows (Sec. 3.2 and 3.3): what every SFI of the model attends to, made once
     an image.
 
-    in:  maps, a list of (B, c_s, H_s, W_s), finest first, each of any size of numbers.
+    in:  maps, a list of (B, c_s, H_s, W_s), finest first; one map's values may be far larger than another's.
     out: a list of (B, N, k_s*k_s, C), and the grid (rows, cols) of the coarsest map, N = rows*cols.
     """
 
     def __init__(self, dims, dim):
         super().__init__()
         # ASSUMPTION: "a two-layer MLP" has GELU between, hidden width C. The norm before it is what ConvNeXt's own
-        # detection backbone puts on each map, for one map's numbers may be a hundred times another's. The norm after it
-        # is Cambrian-1's: position codes have an RMS of 0.71, and features without it some 0.2 at the start.
+        # detection backbone puts on each map, for one map's values may be a hundred times another's. The norm after it
+        # is that of Cambrian-1 (Tong et al. 2024), the nearest public code: position codes have an RMS of 0.71, and
+        # features without a norm some 0.2 at the start.
         self.projectors = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(c, 1e-6), nn.Linear(c, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
             for c in dims)
@@ -218,7 +217,8 @@ class ImageTokens(nn.Module):
 
     def __init__(self, side, dim, scales, out_dim, heads=1):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(side, side, dim) * 0.02)           # ASSUMPTION: their start
+        # ASSUMPTION: they start far smaller than position codes, so that a query is at first almost its place alone.
+        self.queries = nn.Parameter(torch.randn(side, side, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)                                              # ASSUMPTION: as Cambrian-1's
         self.sfi = SFI(dim, dim, scales, out_dim, heads)
 
@@ -243,7 +243,8 @@ class ConcatTokens(nn.Module):
 
     def __init__(self, dim, scales, out_dim):
         super().__init__()
-        # ASSUMPTION: "a convolutional module": 3x3, GELU, 1x1.
+        # ASSUMPTION: it reads what SFI reads, projected maps with position codes; finer maps are averaged to the
+        # coarsest; "a convolutional module" is 3x3, GELU, 1x1; W_O as in SFI.
         self.conv = nn.Sequential(nn.Conv2d(scales * dim, dim, 3, padding=1), nn.GELU(), nn.Conv2d(dim, dim, 1))
         self.wo = nn.Linear(dim, out_dim, bias=False)
 

@@ -88,7 +88,7 @@ RECIPES = {
                             lora=LoRAConfig(rank=32, alpha=32, dropout=0.0))},
 }
 BETAS = (0.9, 0.95)
-MAX_NORM = 1.0                              # ASSUMPTION: the gradient's norm is clipped at 1; the papers do not say
+MAX_NORM = 1.0                              # ASSUMPTION: the gradient's norm is clipped at 1; nothing is said of it
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -114,7 +114,9 @@ def optimizer_for(params, decay):
 def train_step(model, optimizer, batches, params, lr, autocast, world=1, max_norm=MAX_NORM):
     """
     One optimizer step over all micro-batches of all processes. -> (loss a learned token, gradient norm, tokens read)
-    The learned tokens are counted before the first backward, over all processes. Loss and gradient must be finite.
+    batches: this process's micro-batches of the step; params: the list of what is trained; lr: of this step; autocast:
+    a context; world: the number of processes. The learned tokens are counted before the first backward, over all
+    processes. Loss and gradient must be finite.
     """
     device = params[0].device
     counts = torch.tensor([sum(int((b["labels"] != IGNORE).sum()) for b in batches),
@@ -191,12 +193,12 @@ def train(run, args, device, stop):
     ids = [device.index] if device.type == "cuda" else None
     ddp = model if world == 1 or args.shard else nn.parallel.DistributedDataParallel(model, device_ids=ids)
     autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype == torch.bfloat16)
-    params, turns = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
+    params, accumulated = list(run.trainable.values()), recipe.batch // (recipe.micro * world)
     last = min(run.steps, args.stop_after or run.steps)
     stop.wait = True                        # from here on a signal waits until the running step is saved
     for step in range(run.first, last):
         lr = learning_rate(step, run.steps, recipe.lr, recipe.warmup)
-        batches = together(lambda: [to_device(next(run.loader), device) for _ in range(turns)])
+        batches = together(lambda: [to_device(next(run.loader), device) for _ in range(accumulated)])
         for batch in batches:
             batch["draw"] = args.seed * 1_000_003 + step                           # LoRA's dropout draws from it
         model.train()

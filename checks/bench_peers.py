@@ -130,7 +130,7 @@ class PutTogether(torch.nn.Module):
         with torch.no_grad():
             maps = self.vision(batch["images"])
         self.windows, grid = self.pyramid(maps)
-        tokens = self.tokens.sfi.printed(self.tokens.grid_queries(grid), self.windows)
+        tokens = self.tokens.sfi.printed(self.tokens.norm(self.tokens.grid_queries(grid)), self.windows)
         x = self.llm.get_input_embeddings()(ids.clamp(min=0)).masked_scatter(self.slots[..., None], tokens)
         logits = self.llm(inputs_embeds=x, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE,
@@ -185,6 +185,8 @@ def bench_step(rounds, which):
     calls = step_setup("both")
     results = {name: call() for name, call in calls.items()}
     print("loss and norm of the gradient:", results, flush=True)
+    if not torch.allclose(*map(torch.tensor, results.values()), rtol=1e-3):
+        raise ValueError("the two models do not compute the same")
     times, ratios = interleaved(calls, rounds, time.process_time)
     report("training step", times, ratios)
     for name in calls:

@@ -167,7 +167,8 @@ def runs_of(args):
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(ROWS)}")
         folders = sorted(args.runs.glob(f"{name}-[0-9]*/stage2/model.safetensors"))[:args.seeds]
         if not folders:
-            raise ValueError(f"no run of {name} in {args.runs}; python -m checks.ladder --only {name} trains some")
+            raise ValueError(f"no run of {name} in {args.runs}; python -m checks.ladder --only {name} --results "
+                             "FILE, with a new FILE, trains some")
         found.append((ROWS[name].says, [(ROWS[name].variant, path.parent) for path in folders]))
     return found
 

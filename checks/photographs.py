@@ -10,7 +10,8 @@ rivals: the frozen maps of the train photographs, mean and deviation of each cha
 class-lookup.jsonl, the commonest train caption of the class so told, and neighbours.jsonl, of the captions of the 15
 nearest train photographs the one most like the others (arXiv 1505.04467). compare: BLEU-1 of the first file beside each
 other, with p as in checks.ladder, and how many different captions each has, and how many are train captions word for
-word; NAME-0.jsonl, NAME-1.jsonl are one row, the mean of its seeds. picture: every hundredth photograph of the file with its caption.
+word; NAME-0.jsonl and NAME-1.jsonl are one row, the mean of its seeds. picture: every hundredth photograph of the file
+with its caption.
 """
 import pathlib
 import re

@@ -135,8 +135,8 @@ def predict(config, stage, recipe, make_optimizer, tokens, dtype, processes=1):
     found["optimizer"] = ledger.grown()
     found["DDP's buckets"] = found["gradients"] if processes > 1 else 0
     ledger.peak = ledger.now
-    turns = math.ceil(recipe.batch / (recipe.micro * processes))
-    batches = [sized_batch(config, recipe.micro, tokens) for _ in range(turns)]
+    accumulated = math.ceil(recipe.batch / (recipe.micro * processes))
+    batches = [sized_batch(config, recipe.micro, tokens) for _ in range(accumulated)]
     model.train()
     model.vision.eval()
     model.llm.grad_checkpoint = recipe.grad_checkpoint

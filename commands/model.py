@@ -71,6 +71,8 @@ def export(llm, source, out):
 
 
 def run(args):
+    if not args.export and (args.model or args.llm or args.adapter):
+        raise ValueError("--model, --llm and --adapter go with --export DIR")
     if args.memory:
         print(memory_table(args))
     elif not args.export:

@@ -114,12 +114,12 @@ def check(path, root, workers, config, fix=None):
     progress, rows = Progress("checked", len(records)), read_ahead(Checked(records, str(root), config), workers)
     for i, (number, name, has_image, found) in enumerate(rows):
         if isinstance(name, (str, int)) and first_line.setdefault(str(name), number) != number:
-            found.append(("same id", f"id {str(name)!r} is that of line {first_line[str(name)]}, too"))
+            found.append(("same id", f"id {str(name)!r} is that of {records.unit} {first_line[str(name)]}, too"))
         kinds.update({kind for kind, _ in found})                                  # records, not problems, are counted
         with_image[has_image] += 1
         problems = [text for kind, text in found if not kind.startswith(TOLERATED)]
         for text in problems:
-            print(one_line(f"line {number} ({str(name)[:80]}): {text}"))
+            print(one_line(f"{records.unit} {number} ({str(name)[:80]}): {text}"))
         if not problems:
             clean.append(i)
         progress.show(i + 1)

@@ -159,6 +159,11 @@ def test_json_list_and_jsonl_read_alike(tmp_path):
     rows = [record("a", "b"), record("c", "d")]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     assert list(read_records(write(tmp_path / "lines.jsonl", *rows))) == list(read_records(tmp_path / "list.json"))
+    for name, where in (("list.json", "record 2"), ("lines.jsonl", "line 2")):     # a list has no line a record
+        write(tmp_path / "lines.jsonl", rows[0], record("a", ""))
+        (tmp_path / "list.json").write_text(json.dumps([rows[0], record("a", "")], indent=1))
+        with pytest.raises(ValueError, match=f"{name}, {where}: turn 1 is an empty answer"):
+            read_records(tmp_path / name)
 
 
 BAD = [

@@ -367,3 +367,8 @@ def test_a_wrong_export_is_one_line_and_exit_code_2(tmp_path, flags, message):
     code, out, err = command("--export", tmp_path / "out", *flags)
     assert code == 2 and not out and err.startswith(f"aquila.py: {message}") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_export_is_not_passed_over():
+    code, out, err = command("--model", "nothing")
+    assert code == 2 and not out and err == "aquila.py: --model, --llm and --adapter go with --export DIR\n"

@@ -297,6 +297,17 @@ def test_ask_streams_what_a_batch_would_answer(model, tmp_path):
     assert out.strip() == json.loads((tmp_path / "p.jsonl").read_text())["prediction"]
 
 
+def test_timings_of_an_answer_and_of_none(model, monkeypatch):
+    ask = "--model", model, "--image", "scene:test/0/3/64", "--ask", "What is this?", "--max-new-tokens", 3, "--timings"
+    code, out, err = command(*ask)
+    assert code == 0 and re.search(r"vision .* s, prefill of \d+ tokens with SFI and MDA .* s", err), err
+    tokenizer = evaluate.load_tokenizer("weights/tiny-llm")
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: tokenizer)
+    tokenizer.stop_ids = set(range(701))                       # the first token ends it
+    code, out, err = command(*ask)
+    assert code == 0 and out == "\n" and "prefill" not in err, err
+
+
 def test_ask_about_a_region_by_its_mask(tmp_path, monkeypatch):
     """The mask goes through the image's geometry to the extractor, and the answer is the one of a batch."""
     torch.manual_seed(0)
