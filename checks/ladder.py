@@ -164,7 +164,7 @@ def table(runs):
     for run in sorted(runs, key=lambda run: run["seed"]):
         by_row.setdefault(run["row"], {})[run["seed"]] = run
     columns = ("BLEU-1", "accuracy", *TYPES)
-    print("| row | seeds | " + " | ".join(columns) + " | beside | BLEU-1 | p | accuracy | p |")
+    print("| row | seeds | " + " | ".join(columns) + " | compared with | Δ BLEU-1 | p | Δ accuracy | p |")
     print("|---|" + "--:|" * (1 + len(columns)) + "---|" + "--:|" * 4)
     for name, row in ROWS.items():
         if name not in by_row:
