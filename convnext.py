@@ -1,8 +1,8 @@
 """
 ConvNeXt as the vision encoder (A-CCN, Aquila Sec. 3.2): an image in, the maps of all four stages out.
 
-CLIP's final norm, pooling and projection are left out. Parameters carry the names of timm's models/convnext.py, which
-it mirrors, so the loader's map is mostly the identity. What may surprise:
+The paper leaves out CLIP's "final layer"; ASSUMPTION: its norm, pooling and projection. Parameters carry the names of
+timm's models/convnext.py, which it mirrors, so the loader's map is mostly the identity. What may surprise:
 - maps are channels-last in memory, so the norms and the MLPs (over channels) work on views and nothing is transposed;
 - epsilon is no tensor and so in no file: 1e-5 for XXLarge, 1e-6 for every other size;
 - `load_convnext` fills the model one tensor at a time, and refuses a file that does not fit exactly.

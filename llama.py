@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files.checked_json import Fields, make_config, read_fields
-from files.peft import load_lora, save_lora         # noqa: F401
+from files.peft import load_lora, save_lora         # noqa: F401    this and those below may be imported from here
 from files.text import one_line, write_json
 from files.weights import fill_new, open_pickle, open_tensors, weight_files, write_tensors
 from lora import LORA_TARGETS, apply_lora, lora_layers, merge_lora        # noqa: F401
@@ -178,7 +178,10 @@ class Attention(nn.Module):
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, rope, mask=None, store=None):
-        """store: takes the new keys and values, returns those of all positions (KVCache.store)."""
+        """
+        x (B, T, D); rope: cos, sin, each (B, 1, T, hd); mask (B, 1, T, keys), True: the key is seen; None: causal.
+        store: takes the new keys and values, returns those of all positions (KVCache.store).
+        """
         B, T, _ = x.shape
         hd = self.config.head_dim
         q = self.q(x).view(B, T, -1, hd).transpose(1, 2)                           # (B, nh, T, hd)
