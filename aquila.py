@@ -330,7 +330,8 @@ def locate_weights(path, what):
         if os.path.exists(place):
             return place
     flag = "vision FILE" if what == "vision encoder" else "llm DIR"
-    raise ValueError(one_line(f"where is the {what}? It is not at {path}; give --{flag}"))
+    where = "the preset names none" if path is None else f"it is not at {path}"
+    raise ValueError(one_line(f"where is the {what}? {where}; give --{flag}"))
 
 
 def build(config, dtype=torch.float32, device="cpu"):

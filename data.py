@@ -30,6 +30,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from files.text import naming, one_line, parse_json, regular_file
@@ -234,11 +235,11 @@ def check_images(turns, images):
         raise ValueError(f"{images} image(s) but {found} <image> in the human turns; the numbers must be equal")
 
 
-def encode_turns(turns, tokenizer, chat, images=0, tokens_per_image=0, masks=0):
+def encode_turns(turns, tokenizer, chat, images=0, tokens_per_image=0, masks=0, max_len=None):
     """
     in:  turns, a list of (role, text), role system, user or assistant; text None in the last one asks for an answer.
          images of the conversation (0 makes `<image>` plain text) and the slots that each takes; masks of the
-         conversation (0 makes `<region>` plain text).
+         conversation (0 makes `<region>` plain text); max_len: more tokens are a ValueError.
     out: ids and labels, two lists of equal length.
     """
     if chat not in CHATS:
@@ -272,6 +273,8 @@ def encode_turns(turns, tokenizer, chat, images=0, tokens_per_image=0, masks=0):
                 add([MASK_SLOT, POSITION_SLOT], learn=False)
             elif piece:
                 add(tokenizer.encode(space + piece if i == 0 else piece), learn)
+    if max_len and len(ids) > max_len:
+        raise ValueError(f"{len(ids)} tokens, at most {max_len} fit (max_len); shorten it, nothing is cut")
     return ids, labels
 
 
@@ -288,9 +291,7 @@ def encode_record(record, tokenizer, chat, tokens_per_image=0, max_len=None, ans
     """
     masks, turns = len(record.get("masks") or []), turns_of(record, answer)
     with naming(f"record {record['id']}"):
-        ids, labels = encode_turns(turns, tokenizer, chat, len(image_names(record)), tokens_per_image, masks)
-        if max_len and len(ids) > max_len:
-            raise ValueError(f"{len(ids)} tokens, at most {max_len} fit (max_len); shorten it, nothing is cut")
+        ids, labels = encode_turns(turns, tokenizer, chat, len(image_names(record)), tokens_per_image, masks, max_len)
     return {"id": record["id"], "ids": ids, "labels": labels, "mentions": mentions(turns, masks) if masks else []}
 
 
@@ -361,13 +362,9 @@ def collate(rows, skip_bad=False):
         return bad[0]
     nothing = {"id": "(left out)", "ids": [0], "labels": [IGNORE]}
     rows = [nothing if isinstance(row, ValueError) else row for row in rows] or [nothing]
-    lengths = torch.tensor([len(row["ids"]) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE)
-    for i, row in enumerate(rows):
-        ids[i, :lengths[i]] = torch.tensor(row["ids"])
-        labels[i, :lengths[i]] = torch.tensor(row["labels"])
-    return {"ids": ids, "labels": labels, "lengths": lengths, "names": [row["id"] for row in rows],
+    ids, labels = ([torch.tensor(row[key]) for row in rows] for key in ("ids", "labels"))
+    return {"ids": pad_sequence(ids, batch_first=True), "labels": pad_sequence(labels, True, IGNORE),
+            "lengths": torch.tensor([len(row) for row in ids]), "names": [row["id"] for row in rows],
             "numbers": torch.tensor([row.get("number", i) for i, row in enumerate(rows)]),
             "bad": [str(row) for row in bad], **collate_images(rows)}
 

@@ -39,7 +39,7 @@ from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print
 from scoring.contract import print_choices, tell_contract
 from scoring.metrics import check_metrics
 from scoring.partial_file import PartialFile
-from scoring.scores import print_table, read_predictions, references_of, score
+from scoring.scores import prediction_row, print_table, read_predictions, references_of, score
 from tokenizer import load_tokenizer
 from toy.scenes import make_records
 
@@ -49,10 +49,11 @@ def row_of(record, prediction):
     """A prediction row: the last turn's question, what was said, what should have been."""
     turns = record["conversations"]
     truth = {"references": record["references"]} if record.get("references") else {"answer": turns[-1]["value"]}
-    return {"id": record["id"], "image": record.get("image"),
-            "question": turns[-2]["value"].replace("<image>", "").strip(),
-            "type": record.get("type", "question"), "prediction": prediction, **truth,
-            **{key: record[key] for key in ("sampling", "masks") if key in record}}
+    row = {"id": record["id"], "image": record.get("image"),
+           "question": turns[-2]["value"].replace("<image>", "").strip(),
+           "type": record.get("type") or "question", "prediction": prediction, **truth,
+           **{key: record[key] for key in ("sampling", "masks") if key in record}}
+    return prediction_row(row, f"record {record['id']}")
 
 
 def predict(model, tokenizer, records, root, args, file=None, blind=False, label="model"):
@@ -167,36 +168,30 @@ def build_parser():
     add("--contract", metavar="FILE", help="score this file of predictions in other ways as well: how far does each "
         "choice (case, punctuation, stop words, references ...) move the figure?")
     add("--image", help="image file for --ask, or a built-in scene as in scene:test/0/3/128")
-    add_benchmark_flags(p.add_argument_group("with --benchmark").add_argument)
-    add_ask_flags(p.add_argument_group("with --image").add_argument)
-    return p
-
-
-def add_benchmark_flags(add):
+    add = p.add_argument_group("with --benchmark").add_argument
     add("--root", help="folder of the benchmark, as published; of all: holds the folders that a mix of python -m "
         "corpora is made from (see its --help)")
     add("--split", help="of the benchmark (default: the paper's Table 1) or of the scenes (default test). RSVQA-HR: "
         "test_phili is its second test set, a city unseen in training, on which GeoChat and others report")
     add("--sanity", action="store_true",
         help="no model, only the answers that need none (otherwise printed beside the model)")
-    add("--leave-out", default="", metavar="TYPES", help="question types not to ask, as count,area, which GeoChat and "
+    add("--leave-out", metavar="TYPES", help="question types not to ask, as count,area, which GeoChat and "
         "LHRS-Bot leave out of RSVQA (default: none, the paper averages over all questions)")
     add("--raw-answers", action="store_true", help="RSVQA: ask for counts and areas as written, \"37\" or \"512m2\" "
         "(default: in the classes that its authors score, \"between 10 and 100\"; in HR only areas have classes)")
-
-
-def add_ask_flags(add):
+    add = p.add_argument_group("with --image").add_argument
     add("--ask", help="question about the image; the answer is printed as it is made")
     add("--mask", action="append", help="mask file of a <region> in the question; once for each, in their order")
     add("--temperature", type=real(0, 100), default=0.0, help="0 takes the best token, more draws (default 0)")
     add("--top-p", type=real(1e-6, 1), default=1.0, help="draw from the likeliest tokens of this mass (default 1)")
     add("--seed", type=whole(0, SEEDS), default=0, help="of the draws (default 0)")
     add("--timings", action="store_true", help="print seconds for loading, vision, prefill and a token")
+    return p
 
 
 def check_args(args):
     empty = [name for name, value in vars(args).items() if value == "" or isinstance(value, list) and "" in value]
-    if empty and empty != ["leave_out"]:
+    if empty:
         raise ValueError(f"--{empty[0].replace('_', '-')}: the value is empty")
     asked = "scenes", "benchmark", "data", "score", "contract", "image"
     chosen = [name for name in asked if getattr(args, name) is not None]
@@ -207,10 +202,10 @@ def check_args(args):
         raise ValueError(f"--score with --benchmark {args.benchmark}: expected one benchmark, {', '.join(BENCHMARKS)}")
     if (args.ask is None) == (args.image is not None) or args.mask and not args.image:
         raise ValueError("--image and --ask go together, and --mask only with them")
-    if args.out and not pathlib.Path(args.out).parent.is_dir():
-        raise ValueError(f"--out {args.out}: no such folder")
     if args.out:
         check_target(args.out)
+    if args.out and args.data and pathlib.Path(args.out).resolve() == pathlib.Path(args.data).resolve():
+        raise ValueError(f"--out {args.out} is the file of records; give another name")
     if args.sanity and (args.model or chosen != ["benchmark"]):
         raise ValueError("--sanity goes with --benchmark and without --model, where it is printed anyway")
     if not (args.model or args.score or args.contract or args.sanity):
@@ -306,8 +301,10 @@ def run(args, device):
     if jobs:
         run_benchmarks(model, tokenizer, jobs, args, file)
     else:
-        records = read_records(args.data) if args.data else scene_records(args, model.config)
-        print_table(answer_columns(model, tokenizer, records[:args.limit], args.images, args, file, args.out))
+        records = (read_records(args.data) if args.data else scene_records(args, model.config))[:args.limit]
+        for record in records:              # what cannot be scored is told before the first answer
+            row_of(record, "")
+        print_table(answer_columns(model, tokenizer, records, args.images, args, file, args.out))
     if file:
         os.remove(file.path)
 

@@ -27,9 +27,10 @@ from checks.ladder import difference, figures, summary
 from commands.arguments import Parser, whole
 from commands.progress import Progress
 from convnext import load_convnext
+from corpora.reading import scene_classes
 from corpora.table import read_corpus
 from evaluate import row_of
-from files.text import check_target, read_json, write_json_lines, written_whole
+from files.text import check_target, write_json_lines, written_whole
 from pictures.image_files import fit_image, load_image, to_tensor
 from scoring.benchmarks import most_common, scene_class
 from scoring.metrics import ngrams, tokenize
@@ -82,7 +83,7 @@ def rivals(args):
     for record in read_corpus("rsicd", args.root):
         captions.setdefault(record["image"], []).append(record["conversations"][1]["value"])
     val, vision = list(read_corpus("rsicd", args.root, "val")), load_convnext(args.vision).eval()
-    classes = read_json(args.root / "classes.json", {})
+    classes = scene_classes(args.root)
     kind = lambda image: scene_class(image, "rsicd", classes)
     names = list(captions), [record["image"] for record in val]
     train, asked = (features(vision, some, args.root, args.side) for some in names)

@@ -12,23 +12,23 @@ import itertools
 import os
 import pathlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from aquila import PRESETS, load_config, locate_weights
 from commands.arguments import Parser, whole
 from commands.processes import StopSignal, ending, ignore_signals
 from commands.progress import Progress
+from commands.training import given
 from convnext import STRIDES
 from data import (CHATS, KNOWN, RecordFile, Records, check_images, encode_record, encode_turns, form_problems,
                   image_names, is_text, load_pixels, meant, mentions, read_records, turns_of)
-from files.text import one_line, path_inside, write_json_lines
+from files.text import check_target, one_line, path_inside, write_json_lines
 from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
 from tokenizer import IGNORE, SLOTS, load_tokenizer
@@ -50,7 +50,8 @@ def problems_of(record, root, config):
         turns = turns_of(record)
         slots = problems_in("slots", check_images, turns, len(names)) if names else []
         slots += problems_in("slots", mentions, turns, len(masks)) if masks else []
-        found += slots or problems_in("no room", check_room, turns, len(names), len(masks), config)
+        found += slots or problems_in("no room", encode_turns, turns, tokenizer_of(config.llm_dir), config.chat,
+                                      len(names), config.tokens_per_image, len(masks), config.max_len)
     if masks and not config.region_dim:
         found.append(("no regions", f"{len(masks)} mask(s), and the model reads whole images only"))
     for name in names:
@@ -61,12 +62,6 @@ def problems_of(record, root, config):
             found += wrong or [(TOLERATED + words, "") for words in tolerated(value, size)]
     unread = [key for key in record if key not in KNOWN and not meant(record, key)]
     return found + [(f"{TOLERATED}unknown key {key[:40]!r}", "") for key in unread]
-
-
-def check_room(turns, images, masks, config):
-    ids, _ = encode_turns(turns, tokenizer_of(config.tokenizer), config.chat, images, config.tokens_per_image, masks)
-    if len(ids) > config.max_len:
-        raise ValueError(f"no room: {len(ids)} tokens with the answer, at most {config.max_len} fit (--max-len)")
 
 
 def problems_in(kind, function, *args):
@@ -85,14 +80,8 @@ def open_once(name, root):
     return size, problems_in("image", lambda: size.extend(load_image(name, root).size))
 
 
-class Checked(Dataset):
+class Checked(Records):
     """Of each record the number of its line, its name, whether it has an image (None: no record), all its problems."""
-
-    def __init__(self, records, root, config):
-        self.records, self.root, self.config = records, root, config
-
-    def __len__(self):
-        return len(self.records)
 
     def __getitem__(self, i):
         number, record = self.records.raw(i)
@@ -106,12 +95,12 @@ def check(path, root, workers, config, fix=None):
     """Print every problem of every record and a summary by kind; return the number of bad records."""
     if fix and pathlib.Path(fix).exists() and pathlib.Path(fix).samefile(path):
         raise ValueError(f"--fix {fix} is the file that is checked; give another name")
-    if fix and not pathlib.Path(fix).resolve().parent.is_dir():
-        raise ValueError(f"--fix {fix}: no such folder")
-    encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.tokenizer), config.chat)   # do they fit?
+    if fix:
+        check_target(fix)
+    encode_turns([("user", ""), ("assistant", "")], tokenizer_of(config.llm_dir), config.chat)   # do they fit?
     records = RecordFile(path)
     clean, first_line, kinds, with_image = [], {}, collections.Counter(), collections.Counter()
-    progress, rows = Progress("checked", len(records)), read_ahead(Checked(records, str(root), config), workers)
+    progress, rows = Progress("checked", len(records)), read_ahead(Checked(records, str(root), None, config), workers)
     for i, (number, name, has_image, found) in enumerate(rows):
         if isinstance(name, (str, int)) and first_line.setdefault(str(name), number) != number:
             found.append(("same id", f"id {str(name)!r} is that of {records.unit} {first_line[str(name)]}, too"))
@@ -200,7 +189,7 @@ def survey(records, root, tokenizer, config, workers, skip_bad=0):
 
 def show(path, root, config, n):
     """Print the first n records as a model reads them: runs of masked (-) and learned (+) tokens, and their number."""
-    tokenizer = tokenizer_of(config.tokenizer)
+    tokenizer = tokenizer_of(config.llm_dir)
     special = {i: name for name, i in tokenizer.special.items()} | SLOTS
     for record in read_records(path)[:n]:
         row = encode_record(record, tokenizer, config.chat, config.tokens_per_image)
@@ -217,11 +206,9 @@ def show(path, root, config, n):
 def settings(args):
     """What decides how records are read: as --model or --preset has it, where no flag says otherwise."""
     known = load_config(args.model) if args.model else PRESETS[args.preset or "tiny"]
-    size = args.image_size or known.image_size
-    return SimpleNamespace(image_size=size, tokens_per_image=(size // STRIDES[-1]) ** 2, fit=known.fit,
-                           chat=args.chat or known.chat, max_len=args.max_len or known.max_len,
-                           region_dim=known.region_dim if args.model or args.preset else 1,
-                           tokenizer=args.tokenizer or locate_weights(known.llm_dir, "language model"))
+    regions = known.region_dim if args.model or args.preset else 1
+    return replace(known, region_dim=regions, **given(args, "image_size", "chat", "max_len"),
+                   llm_dir=args.tokenizer or locate_weights(known.llm_dir, "language model"))
 
 
 def run(args):

@@ -63,11 +63,7 @@ def parse_args(description):
     add("--fit", choices=("resize", "letterbox"), help="how an image becomes square")
     add("--chat", choices=tuple(CHATS), help="chat format")
     add("--max-len", type=whole(1), help="tokens of a prompt with its answer, image tokens included")
-    add_recipe_flags(p.add_argument_group("recipe (defaults: the preset's, printed at the start)").add_argument)
-    return p.parse_args()
-
-
-def add_recipe_flags(add):
+    add = p.add_argument_group("recipe (defaults: the preset's, printed at the start)").add_argument
     add("--lr", type=real(1e-12, 10), help="peak learning rate")
     add("--decay", type=real(0, 1), help="weight decay")
     add("--warmup", type=real(0, 1), help="share of the steps that the learning rate rises")
@@ -80,6 +76,7 @@ def add_recipe_flags(add):
     add("--lora-alpha", type=real(1e-6, 10_000), help="last stage")
     add("--lora-dropout", type=real(0, 0.99), help="last stage")
     add("--full-llm", action="store_true", help="aquila-plus, stage 3: the LM's own weights learn, instead of LoRA")
+    return p.parse_args()
 
 
 def given(args, *fields, prefix=""):
@@ -98,7 +95,7 @@ def resolve(args, recipes, world):
     recipe = resolve_recipe(args, recipes[args.stage])
     if recipe.batch % (recipe.micro * world):
         raise ValueError(f"batch {recipe.batch} is not a multiple of micro {recipe.micro} x {world} process(es); "
-                         "set --micro")
+                         "set --micro or --batch")
     if args.shard and (world == 1 or torch.__version__ < (2, 8)):
         raise ValueError("--shard cuts the model over several processes (torchrun --nproc-per-node N) and needs torch "
                          f"2.8 or newer; here are {world} process(es) and torch {torch.__version__}; leave it out")

@@ -14,7 +14,7 @@ from pathlib import Path
 from commands.arguments import Parser, whole
 from corpora.coco import PER_REGION, SHARES
 from corpora.table import CORPORA, MIXES, read_corpus, read_mix
-from files.text import write_json_lines
+from files.text import check_target, write_json_lines
 
 
 def build_parser():
@@ -51,8 +51,7 @@ coco-masks, any COCO instance file; share of each type of record:
 def convert(args):
     """Writes all records or none, and prints how many there are of each type."""
     label = f"{args.name} {args.split}"
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        raise ValueError(f"--out {args.out}: expected a file name in a folder that exists")
+    check_target(args.out)
     if args.name not in MIXES:
         rows = read_corpus(args.name, args.root, args.split, args.file, args.raw_answers, args.limit_per_image)
     elif args.split != "train" or args.file:

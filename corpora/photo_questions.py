@@ -11,8 +11,9 @@ from collections import Counter
 
 import numpy as np
 
+from corpora.coco import plural, with_article
 from corpora.prompts import choose_prompt, stable_hash
-from corpora.reading import get, listed, make_record, published_file
+from corpora.reading import get, listed, make_record, published_file, scene_classes
 from files.text import read_json
 
 RARE = 0.02                                 # of a class's photographs: what fewer of them show is not expected there
@@ -48,10 +49,10 @@ def read_photo_questions(corpus, root, split):
     (airport_7.jpg); a photograph without one is not asked about.
     """
     path = published_file(corpus, root, split)
-    classes, photos = read_json(root / "classes.json", {}), []
+    classes, photos = scene_classes(root), []
     for where, row in listed(read_json(path), "images", path):
         name = get(row, "filename", str, where)
-        scene = SCENES.get(re.match("[a-z]*", str(classes.get(name, name)).lower())[0])
+        scene = SCENES.get(re.match("[a-z]*", classes.get(name, name).lower())[0])
         if scene and get(row, "split", str, where) == split:
             captions = [get(sentence, "raw", str, where) for sentence in get(row, "sentences", list, where)]
             named = list(map(things_in, captions)) or [set()]
@@ -105,11 +106,3 @@ def questions_of(scene, present, absent):
         swap = stable_hash(there + missing + name) % 2
         many, few = plural(missing if swap else there), plural(there if swap else missing)
         yield "comp", "more", "no" if swap else "yes", {"many": many, "few": few}
-
-
-def with_article(thing):
-    return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
-
-
-def plural(thing):
-    return thing + ("es" if thing.endswith("ch") else "s")

@@ -4,9 +4,12 @@ What every reader of a published data set uses: its files under --root, checked 
 Others' files are read through `get` and `expect`: where the layout is not the published one, one line names file, row
 and key. `where` is always that place, for the message.
 """
+import pathlib
 import re
 
 from corpora.prompts import IMAGE_LINE
+from files.checked_json import checked
+from files.text import read_json
 
 
 def published_file(corpus, root, split, kind=""):
@@ -65,6 +68,12 @@ def mask_of(annotation, where):
     polygons = [mask] if mask and not isinstance(mask[0], list) else mask
     polygons = [[pixels(x, place) for x in expect(polygon, list, place)] for polygon in polygons]
     return [polygon for polygon in polygons if len(polygon) >= 6] or {"bbox": box_of(annotation, where)}
+
+
+def scene_classes(root):
+    """{file name: scene class} of a classes.json beside the published files, if there is one."""
+    path = pathlib.Path(root, "classes.json")
+    return checked(read_json(path, {}), dict[str, str], path)
 
 
 def make_record(record_id, image, question, answer, **more):

@@ -68,8 +68,9 @@ def find_checkpoint(out, resume, overwrite):
                          "go on from an older checkpoint, take another --out)")
     if (own or there not in ([], ["log.jsonl"])) and not overwrite and [path.resolve() for path in own] != [
             found and found.resolve()]:
-        raise ValueError(f"{out} holds a run ({', '.join([path.name for path in own] + there)}); --resume auto goes on "
-                         "with its last checkpoint, --overwrite starts anew, --out takes another folder")
+        goes_on = "--resume auto goes on with its last checkpoint" if own else "it has no checkpoint to go on from"
+        raise ValueError(f"{out} holds a run ({', '.join([path.name for path in own] + there)}); {goes_on}, "
+                         "--overwrite starts anew, --out takes another folder")
     return found
 
 

@@ -8,8 +8,8 @@ import re
 from collections import Counter, namedtuple
 from pathlib import Path
 
+from corpora.reading import scene_classes
 from corpora.table import CORPORA, folder_of, read_corpus
-from files.text import read_json
 from scoring.metrics import best_constant
 from scoring.scores import references_of
 
@@ -53,26 +53,20 @@ def benchmark_jobs(args):
                          "all, and its folder")
     if everything and args.split:
         raise ValueError(f"--split {args.split} goes with one benchmark; all takes the splits of the paper's Table 1")
-    jobs, left_out = {}, args.leave_out.split(",")
+    jobs, left_out = {}, (args.leave_out or "").split(",")
     for name in BENCHMARKS if everything else [args.benchmark]:
         root, split = Path(args.root, folder_of(name) if everything else ""), args.split or BENCHMARKS[name].split
-        if everything and not root.is_dir():
-            print(f"{name}: no folder {root}, skipped")
-            continue
-        try:
+        try:                                # the folder may be there for training alone
             records = [record for record in read_corpus(name, root, split, raw_answers=args.raw_answers)
                        if record.get("type") not in left_out]
-        except FileNotFoundError as error:  # the folder may be there for training alone
+            if not records:
+                raise FileNotFoundError(f"{root}: no record of split {split}, --leave-out {args.leave_out or 'none'}")
+        except FileNotFoundError as error:
             if not everything:
                 raise
             print(f"{name}: {error}; skipped")
-            continue
-        if records:
-            jobs[name] = split, records[:args.limit], root
-        elif everything:
-            print(f"{name}: {root} has no record of split {split}, skipped")
         else:
-            raise ValueError(f"{name}: {root} has no record of split {split} (left out: {args.leave_out or 'nothing'})")
+            jobs[name] = split, records[:args.limit], root
     if not jobs:
         folders = dict.fromkeys(map(folder_of, BENCHMARKS))
         raise ValueError(f"--root {args.root}: nothing to ask; expected sub-folders named {', '.join(folders)}")
@@ -109,7 +103,7 @@ def true_class_rows(rows, benchmark, root):
     """Rows answered with the most common train caption of the image's class; None where names tell no class."""
     if BENCHMARKS[benchmark].metric != "BLEU-1" or "train" not in CORPORA[benchmark].splits:
         return None
-    classes = read_json(Path(root, "classes.json"), {})
+    classes = scene_classes(root)
     answer = most_common((scene_class(record["image"], benchmark, classes), record["conversations"][1]["value"])
                          for record in read_corpus(benchmark, root, "train"))
     kinds = [scene_class(row["image"], benchmark, classes) for row in rows]

@@ -61,7 +61,7 @@ def test_caption_corpora(tmp_path, name, file, folder, capsys):
     assert turns(test)[1] == "many planes ." and test["image"] == f"{folder}/2.tif"
 
 
-def test_photo_questions_are_answered_by_the_captions(tmp_path):
+def test_photo_questions_are_answered_by_the_captions(tmp_path, capsys):
     """Of what is asked for, all captions of the photograph name it or none does; a bare number tells no class."""
     airport = ["two planes on a runway .", "many planes"] * 2 + ["a Plane near cars"]
     forest = ["a road in a forest"] * 5
@@ -87,6 +87,8 @@ def test_photo_questions_are_answered_by_the_captions(tmp_path):
     assert {"yes", "no"} <= {answer for kind, answer in answers if kind == "comp"}
     put(tmp_path / "classes.json", {"00007.jpg": "Airport"})
     assert len(convert(tmp_path, "rsicd-questions")) > len(asked)
+    put(tmp_path / "classes.json", {"00007.jpg": ["Airport"]})
+    assert f"{tmp_path}/classes.json" in fails(tmp_path, capsys, "rsicd-questions", "--root", str(tmp_path))
 
 
 def test_things_are_chosen_in_balance_and_never_against_a_caption():
@@ -294,10 +296,10 @@ def test_a_failed_run_leaves_the_old_file(tmp_path, capsys):
 
 def test_out_must_be_a_file_in_a_folder(tmp_path, capsys):
     put(tmp_path / "dataset.json", karpathy(("1.tif", "train", ["a"])))
-    for out in (tmp_path, tmp_path / "no" / "out.jsonl"):
+    for out, message in ((tmp_path, "is no regular file"), (tmp_path / "no" / "out.jsonl", "cannot be written")):
         with pytest.raises(SystemExit) as stop:
             main(["ucm", "--root", str(tmp_path), "--out", str(out)])
-        assert stop.value.code == 2 and f"--out {out}: expected a file name" in capsys.readouterr().err
+        assert stop.value.code == 2 and f"{out} {message}" in capsys.readouterr().err
 
 
 def test_help_lists_every_corpus_with_its_file(capsys):

@@ -232,7 +232,7 @@ def test_all_benchmarks_that_are_there(corpora_root, model, tmp_path):
     code, out, err = command("--model", model, "--benchmark", "all", "--root", corpora_root, "--max-new-tokens", 2,
                              "--out", tmp_path / "p.jsonl")
     assert code == 0, err
-    assert "sydney: no folder" in out and "skipped" in out
+    assert f"sydney: --root {corpora_root}/sydney: no such folder; skipped" in out
     ours = [line.split()[2:] for line in out.splitlines() if line.startswith("ours, counted")]
     assert ours == [["2", "-", "-", "-"], ["4", "-", "-"]]
     rows = [json.loads(line) for line in (tmp_path / "p-rsvqa-lr.jsonl").open()]
@@ -369,7 +369,9 @@ def test_a_model_without_regions_refuses_a_mask(model, tmp_path):
     (("--score", "none.jsonl"), "none.jsonl is not there"),
     (("--model", "nowhere", "--scenes", 1), "config.json is not there"),
     (("--model", "nowhere", "--image", "x.png"), "go together"),
-    (("--model", "x", "--scenes", 1, "--out", "no/such/f"), "no such folder"),
+    (("--model", "x", "--scenes", 1, "--out", "no/such/f"), "no/such/f cannot be written"),
+    (("--model", "x", "--data", "s.jsonl", "--out", "./s.jsonl"), "--out ./s.jsonl is the file of records"),
+    (("--model", "x", "--image", "x.png", "--ask", ""), "--ask: the value is empty"),
     (("--model", "x", "--scenes", 1, "--mask", "m.png"), "--mask only with them"),
     (("--benchmark", "rsicd", "--root", "x"), "give --model"), (("--scenes", 1, "--sanity"), "--sanity goes with"),
     (("--benchmark", "coco", "--root", "x", "--sanity"), "expected one of rsicd, sydney"),
@@ -380,6 +382,18 @@ def test_a_model_without_regions_refuses_a_mask(model, tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_2(args, message):
     code, out, err = command(*args)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_types_are_judged_before_the_first_answer(model, tmp_path, monkeypatch):
+    row = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}]}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({**row, "type": kind}) + "\n" for kind in (None, "count")))
+    code, out, err = command("--model", model, "--data", tmp_path / "d.jsonl", "--max-new-tokens", 1)
+    assert code == 0 and "count" in figures(out), err
+    with open(tmp_path / "d.jsonl", "a") as file:
+        file.write(json.dumps({**row, "type": "accuracy"}))
+    monkeypatch.setattr(evaluate, "predict", None)
+    code, out, err = command("--model", model, "--data", tmp_path / "d.jsonl")
+    assert code == 2 and "record 3: type 'accuracy' is the name of the sum" in err and err.count("\n") == 1 and not out
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch):

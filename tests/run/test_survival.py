@@ -1047,7 +1047,7 @@ def test_check_reads_as_the_run_does(folder, mixed, tmp_path):
     assert code == 1 and "at most 200 fit" in out and "the model reads whole images only" in out
     (small / "config.json").write_text(json.dumps({**config, "llm_dir": str(tmp_path / "none")}))
     code, _, err = check("--model", small)
-    assert code == 2 and f"It is not at {tmp_path / 'none'}" in err
+    assert code == 2 and f"it is not at {tmp_path / 'none'}" in err
 
 
 # ---------------------------------------------------------------------------------------------- 8: held-back records
