@@ -214,7 +214,7 @@ def draw_chart(path, size=128):
             place = 110 + column * (size + 6), 24 + row * (size + 6)
             image.paste(Image.fromarray(chart_image(row, side, size)), place)
     with written_whole(path) as temporary:
-        image.save(temporary, "PNG")
+        image.quantize(64).save(temporary, "PNG")
 
 
 def work(args):
