@@ -102,7 +102,7 @@ def run_record(case):
     """Through check, and if it passes, through Records and collate."""
     chat, fit = case.value
     config = Namespace(image_size=64, tokens_per_image=4, fit=fit, chat=chat, max_len=1024, region_dim=8,
-                       tokenizer=TINY_LLM)
+                       llm_dir=TINY_LLM)
     printed, clean = io.StringIO(), case.path.with_name("clean.jsonl")
     with contextlib.redirect_stdout(printed):
         bad = check(case.path, case.path.parent, 1, config, clean)
