@@ -25,5 +25,6 @@ row() {
 export -f row
 for seed in $(seq 0 $((${4:-2} - 1))); do
     printf "$seed %s\n" sfi-mda sfi baseline-mda baseline
-done | xargs -P 2 -L 1 bash -ec 'row "$@" > "$out/$2-$1.log" 2>&1' -
+done | xargs -P 2 -L 1 bash -ec 'row "$@" > "$out/$2-$1.log" 2>&1' - ||
+    { echo "photographs.sh: a row failed; the last lines of its file in $out/*.log say why" >&2; exit 1; }
 python -m checks.photographs compare "$out"/{sfi-mda,sfi,baseline-mda,baseline}-*.jsonl --root "$root"
