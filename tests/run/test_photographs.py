@@ -124,13 +124,15 @@ def test_rivals_compare_and_picture(rsicd, capsys):
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert "100.0%" in first and "+0.00" in second
     rows = [json.loads(line) for line in (rsicd / "out/neighbours.jsonl").read_text().splitlines()]
-    for name, words in {"long-0": "many planes .", "long-1": "many planes .", "short-1": "sand ."}.items():
+    good, bad = "many planes .", "sand ."
+    for name, words in {"a-0": good, "a-1": bad, "b-0": bad, "b-1": good, "c-1": bad}.items():
         put(rsicd / f"{name}.jsonl", "\n".join(json.dumps(row | {"prediction": words}) for row in rows))
-    names = "long-0", "long-1", "short-1", "out/neighbours"        # two seeds, one of them, and what needs no seed
+    names = "a-0", "a-1", "b-1", "b-0", "c-1", "out/neighbours"    # two seeds, one of them, and what needs no seed
     photographs.main(["compare", *[str(rsicd / f"{name}.jsonl") for name in names], *flags])
-    long, short, beside = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:])
-    assert long[0] == "2" and short[0] == "1" and float(short[2]) == pytest.approx(float(long[1]) - float(short[1]))
-    assert float(beside[2]) == pytest.approx(float(long[1]) - float(beside[1]), abs=0.02)
+    a, b, c, beside = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:])
+    assert a[0] == b[0] == "2" and a[1] == b[1] and c[0] == "1"
+    assert float(b[2]) == float(c[2]) == 0                         # seed beside seed: c has what a has with seed 1
+    assert float(beside[2]) == pytest.approx(float(a[1]) - float(beside[1]), abs=0.02)
     photographs.main(["picture", str(rsicd / "out/neighbours.jsonl"), *flags, "--out", str(rsicd / "p.png")])
     assert np.asarray(Image.open(rsicd / "p.png"))[100, 100].tolist() != [255, 255, 255]
 
