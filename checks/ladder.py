@@ -47,6 +47,8 @@ ROWS = {
     **{name: Row(says, "whole", name) for name, says in {
         "no-look": "MDA with the pyramid set to zero", "without-4": "without the map of stride 4",
         "without-8": "without stride 8", "without-16": "without stride 16", "without-32": "without stride 32",
+        "only-4": "the map of stride 4 alone", "only-8": "stride 8 alone", "only-16": "stride 16 alone",
+        "only-32": "stride 32 alone",
         "keys-only": "cells' position codes in keys only",
         "learned-places": "learned places in the window, no cell codes", "no-norms": "none of the three norms",
         "no-norm-before": "no norm before the projectors", "no-norm-cells": "no norm of cells",

@@ -68,24 +68,24 @@ def no_look(config, vision=None, llm=None):
 
 # ---------------------------------------------------------------------------------------------- the pyramid
 
-class Without(Pyramid):
-    """Without scale `left_out` (0 is the finest); its projector gets no gradient."""
+class SomeScales(Pyramid):
+    """Of the scales `kept` alone (0 is the finest); the projectors of the others get no gradient."""
 
-    def __init__(self, dims, dim, left_out):
+    def __init__(self, dims, dim, kept):
         super().__init__(dims, dim)
-        self.left_out = left_out
+        self.kept = kept
 
     def forward(self, maps):
         windows, grid = super().forward(maps)
-        return windows[:self.left_out] + windows[self.left_out + 1:], grid
+        return [windows[scale] for scale in self.kept], grid
 
 
-def without(left_out, config, vision=None, llm=None):
-    model, dims = Aquila(config, vision, llm), config.vision.dims
-    tokens = ImageTokens(config.side, config.dim, len(dims) - 1, config.llm.dim, config.heads)
-    model = with_parts(model, Without(dims, config.dim, left_out), tokens=tokens)
+def some_scales(kept, config, vision=None, llm=None):
+    model, n = Aquila(config, vision, llm), len(kept)
+    tokens = ImageTokens(config.side, config.dim, n, config.llm.dim, config.heads)
+    model = with_parts(model, SomeScales(config.vision.dims, config.dim, kept), tokens=tokens)
     for layer in model.mda.values():
-        layer.sfi.wk, layer.sfi.wv = layer.sfi.wk[1:], layer.sfi.wv[1:]
+        layer.sfi.wk, layer.sfi.wv = layer.sfi.wk[-n:], layer.sfi.wv[-n:]
     return model
 
 
@@ -167,7 +167,9 @@ VARIANTS = {
     "no-norm-queries": partial(no_norms, before=False, cells=False),
     "heads-1": partial(heads, 1), "heads-16": partial(heads, 16),
     "bare": partial(heads, 1, make=no_norms),              # as printed and no more
-    **{f"without-{stride}": partial(without, s) for s, stride in enumerate(STRIDES)},
+    **{f"without-{left_out}": partial(some_scales, [s for s, stride in enumerate(STRIDES) if stride != left_out])
+       for left_out in STRIDES},
+    **{f"only-{stride}": partial(some_scales, [s]) for s, stride in enumerate(STRIDES)},
 }
 
 
