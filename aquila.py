@@ -66,8 +66,10 @@ class AquilaConfig:
     llm_dir: str | None = None
 
     def __post_init__(self):
-        if self.image_size % STRIDES[-1] or not 0 < self.image_size <= 8192 or self.region_side > 8192:
-            raise ValueError(f"image_size {self.image_size}: expected a multiple of {STRIDES[-1]}, no side over 8192")
+        if self.image_size % STRIDES[-1] or not 0 < self.image_size <= 8192:
+            raise ValueError(f"image_size {self.image_size}: expected a multiple of {STRIDES[-1]}, at most 8192")
+        if not 0 < self.region_side <= 8192:
+            raise ValueError(f"region_side {self.region_side}: expected 1 to 8192")
         for name, known in (("integration", "sfi concat"), ("fit", "resize letterbox"), ("pooling", "area binary")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected {' or '.join(known.split())}")
@@ -240,16 +242,20 @@ class Aquila(nn.Module):
                                     if p.requires_grad and part_of(name) not in ("llm", "lora"))
         return loss, logits, len(logits)
 
-    def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
-        """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
-        prompt, most = int(batch["lengths"].max()), self.config.max_len
+    def check_room(self, prompt, max_new_tokens):
+        """ValueError if a prompt of that many tokens and the answer are longer than max_len."""
+        most = self.config.max_len
         if prompt + max_new_tokens > most:
             raise ValueError(f"a prompt of {prompt} tokens and --max-new-tokens {max_new_tokens} need more than the "
                              f"{most} places of this model (max_len); at most {max(most - prompt, 0)} new tokens fit")
-        with torch.inference_mode():
-            x, mda = self.embed_batch(batch)
-            yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, mda,
-                                generator, fastest_step(self.llm, x))
+
+    @torch.inference_mode()
+    def generate(self, batch, stop_ids, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
+        """Yields a (B,) tensor of ids a step, -1 for rows that have stopped. batch: prompts, padded on the right."""
+        self.check_room(int(batch["lengths"].max()), max_new_tokens)
+        x, mda = self.embed_batch(batch)
+        yield from generate(self.llm, x, batch["lengths"], max_new_tokens, stop_ids, temperature, top_p, mda, generator,
+                            fastest_step(self.llm, x))
 
     def answer(self, batch, tokenizer, **options):
         """Prompts -> a list of answers. Options as for generate."""

@@ -93,14 +93,6 @@ class RecordFile(Sequence):
         return {**record, "id": str(record.get("id", number))}
 
 
-def read_records(path):
-    """The records of a file; ValueError with the line of the first one whose form is wrong."""
-    records = RecordFile(path)
-    for _ in records:                       # a record is checked when it is asked for
-        pass
-    return records
-
-
 def check_form(record):
     """ValueError unless the record is a conversation of text turns, human first, that ends with an answer."""
     for _, problem in form_problems(record):
@@ -383,7 +375,7 @@ def collate_images(rows):
                 images.append(image)
                 masks.append([])
             image_of.append(at)
-        if len(row.get("masks", ())):       # all of the row's one image
+        if len(row.get("masks", ())):       # all of the row's one image, which `at` is
             regions += [(at, len(masks[at]) + mask) for mask in row["mentions"]]
             masks[at] += row["masks"]
     most = max(map(len, masks), default=0)

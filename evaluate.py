@@ -31,9 +31,9 @@ from commands.arguments import SEEDS, Parser, real, whole
 from commands.processes import (StopSignal, ending, from_first, gather, ignore_signals, rank_and_world,
                                 start_processes, together)
 from commands.progress import Progress
-from data import Records, check_form, collate, read_records, to_device
+from data import RecordFile, Records, check_form, collate, encode_record, to_device
 from fast_decoding import compile_decoding
-from files.text import check_target, file_digest, regular_file, write_json_lines
+from files.text import check_target, file_digest, naming, regular_file, write_json_lines
 from scoring.benchmarks import (BENCHMARKS, benchmark_jobs, constant_rows, print_published, print_sanity,
                                 sanity_rows)
 from scoring.contract import print_choices, tell_contract
@@ -65,7 +65,8 @@ def predict(model, tokenizer, records, root, args, file=None, blind=False, label
     rank, world = rank_and_world()
     said = from_first(lambda: file.begin(settings_of(model, records, root, args, blind)) if file else [])
     rows = [row_of(record, answer) for record, answer in zip(records, said)]
-    known = len(said) % args.batch if len(said) < len(records) else 0              # of a slice that was cut
+    # A slice that was cut is asked whole again: its batch stays the same, and so its answers in bfloat16.
+    known = len(said) % args.batch if len(said) < len(records) else 0
     slices = [range(i, min(i + args.batch, len(records))) for i in range(len(said) - known, len(records), args.batch)]
     data = Records(records, root, tokenizer, model.config, answer=False, blind=blind)
     loader = iter(DataLoader(data, batch_sampler=slices[rank::world], collate_fn=collate, num_workers=args.workers,
@@ -79,8 +80,9 @@ def predict(model, tokenizer, records, root, args, file=None, blind=False, label
         return model.answer(to_device(batch, device), tokenizer, max_new_tokens=args.max_new_tokens)
 
     for _ in range(0, len(slices), world):
-        answers = [answer for part in gather(together(ask_slice)) for answer in part][known:]
-        new, known = [row_of(records[len(rows) + i], answer) for i, answer in enumerate(answers)], 0
+        answers = [answer for part in gather(together(ask_slice)) for answer in part]
+        new = [row_of(records[len(rows) + i], answer) for i, answer in enumerate(answers[known:])]
+        known = 0
         from_first(lambda new=new: file and file.append(new))
         rows += new
         if rank == 0:
@@ -111,11 +113,18 @@ def ask(model, tokenizer, args):
     row = Records([record], os.path.abspath(os.sep), tokenizer, model.config, answer=False)[0]   # paths are absolute
     batch = to_device(collate([row]), next(model.parameters()).device)
     generator = torch.Generator(batch["ids"].device).manual_seed(args.seed)
-    ids, printed, clock = [], "", [time.perf_counter()]                            # clock: start, vision, every token
-    hook = model.vision.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
+    ids, printed, clock = [], "", []        # clock: start, vision, every token
+
+    def tick(*_):
+        if args.timings and torch.cuda.is_available():
+            torch.cuda.synchronize()        # what was asked of the GPU is done
+        clock.append(time.perf_counter())
+
+    tick()
+    hook = model.vision.register_forward_hook(tick)
     for step in model.generate(batch, tokenizer.stop_ids, args.max_new_tokens, args.temperature, args.top_p, generator):
         ids.append(step.item())
-        clock.append(time.perf_counter())
+        tick()
         text = tokenizer.decode(ids).rstrip("\ufffd")          # a character of several tokens is printed once whole
         print(text[len(printed):], end="", flush=True)
         printed = text
@@ -189,6 +198,14 @@ def build_parser():
     return p
 
 
+GO_WITH = {                                 # flags of some ways to ask alone: they would change nothing in others
+    ("scenes",): ("tasks",), ("scenes", "benchmark"): ("split",), ("data",): ("images",),
+    ("score", "contract"): ("captions",),
+    ("benchmark",): ("root", "sanity", "leave_out", "raw_answers"),
+    ("image",): ("ask", "mask", "temperature", "top_p", "seed"),
+    ("scenes", "benchmark", "data"): ("out", "overwrite", "limit", "blind", "compare", "batch", "workers")}
+
+
 def check_args(args):
     empty = [name for name, value in vars(args).items() if value == "" or isinstance(value, list) and "" in value]
     if empty:
@@ -198,16 +215,22 @@ def check_args(args):
     if len(chosen) != 1 and chosen != ["benchmark", "score"]:
         raise ValueError("give one of --scenes, --benchmark, --data, --score, --contract or --image with --ask; "
                          f"got {chosen or 'none'}")
+    defaults = build_parser().parse_args([])
+    for ways, flags in GO_WITH.items():
+        for flag in flags:
+            if getattr(args, flag) != getattr(defaults, flag) and not {*ways} & {*chosen}:
+                raise ValueError(f"--{flag.replace('_', '-')} goes with --{' or --'.join(ways)}, not with "
+                                 f"--{chosen[0]}; leave it out")
+    if args.image and args.ask is None:
+        raise ValueError("--image needs --ask, a question")
     if args.score and args.benchmark not in (None, *BENCHMARKS):
         raise ValueError(f"--score with --benchmark {args.benchmark}: expected one benchmark, {', '.join(BENCHMARKS)}")
-    if (args.ask is None) == (args.image is not None) or args.mask and not args.image:
-        raise ValueError("--image and --ask go together, and --mask only with them")
     if args.out:
         check_target(args.out)
     if args.out and args.data and pathlib.Path(args.out).resolve() == pathlib.Path(args.data).resolve():
         raise ValueError(f"--out {args.out} is the file of records; give another name")
-    if args.sanity and (args.model or chosen != ["benchmark"]):
-        raise ValueError("--sanity goes with --benchmark and without --model, where it is printed anyway")
+    if args.sanity and args.model:
+        raise ValueError("--sanity goes without --model, where it is printed anyway")
     if not (args.model or args.score or args.contract or args.sanity):
         raise ValueError("give --model, the folder that train.py wrote")
     if args.compile and not (torch.cuda.is_available() or os.environ.get("CXX") or shutil.which("g++")):
@@ -217,16 +240,34 @@ def check_args(args):
         check_metrics(args.metrics)
 
 
-def scene_records(args, config):
+def other_records(args, config):
+    """The records of --data or --scenes. What cannot be scored is told before the first answer."""
     tasks = args.tasks or ("caption,vqa,region" if config.region_dim else "caption,vqa")
-    return [record for task in tasks.split(",")
-            for record in make_records(args.split or "test", args.scenes, task, size=config.image_size)]
+    records = RecordFile(args.data) if args.data else [
+        record for task in tasks.split(",")
+        for record in make_records(args.split or "test", args.scenes, task, size=config.image_size)]
+    records = records[:args.limit]
+    for record in records:
+        row_of(record, "")
+    return records
+
+
+def check_room(model, tokenizer, records, args):
+    """Each prompt must leave room for --max-new-tokens; told before the first answer."""
+    for record in records:
+        row = encode_record(record, tokenizer, model.config.chat, model.config.tokens_per_image, answer=False)
+        with naming(f"record {record['id']}"):
+            model.check_room(len(row["ids"]), args.max_new_tokens)
+
+
+def read_rows(args):
+    """The rows of --score or --contract."""
+    rows = [row for _, row in read_predictions(args.score or args.contract)]
+    return [{**row, "references": references_of(row) or [row["answer"]]} for row in rows] if args.captions else rows
 
 
 def score_file(args):
-    rows = [row for _, row in read_predictions(args.score)]
-    if args.captions:
-        rows = [{**row, "references": references_of(row) or [row["answer"]]} for row in rows]
+    rows = read_rows(args)
     scores = score(rows, args.metrics)
     print_table({"": scores})
     if args.benchmark:
@@ -272,18 +313,18 @@ def run_benchmarks(model, tokenizer, jobs, args, file=None):
     print_published(results, args.benchmark == "all")
 
 
-def run(args, device):
-    check_args(args)
-    if args.score:
-        return score_file(args)
-    if args.contract:
-        return print_choices([row for _, row in read_predictions(args.contract)])
-    jobs = benchmark_jobs(args) if args.benchmark else {}                          # mistakes before the model loads
-    for _, records, _ in jobs.values():
+def check_jobs(args):
+    """The benchmarks to ask; mistakes in their files come before the model is loaded."""
+    jobs = benchmark_jobs(args) if args.benchmark else {}
+    for name, (_, records, _) in jobs.items():
         for record in records:
-            check_form(record)
-    if args.sanity:
-        return run_benchmarks(None, None, jobs, args)
+            with naming(f"{name}, record {record['id']}"):
+                check_form(record)
+    return jobs
+
+
+def open_model(args, device):
+    """-> the model, as the flags want it, and its tokenizer."""
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     began = time.perf_counter()
     model = load_model(args.model, args.vision, args.llm, getattr(torch, args.dtype), device, True)
@@ -294,27 +335,45 @@ def run(args, device):
         model.mda = torch.nn.ModuleDict()
     if args.compile:
         compile_decoding(model.llm)
+    return model, tokenizer
+
+
+def run(args, device):
+    if args.score:
+        return score_file(args)
+    if args.contract:
+        return print_choices(read_rows(args))
+    jobs = together(lambda: check_jobs(args))
+    if args.sanity:
+        return run_benchmarks(None, None, jobs, args)
+    model, tokenizer = together(lambda: open_model(args, device))
     if args.image:
         return ask(model, tokenizer, args)
+    records = [] if jobs else together(lambda: other_records(args, model.config))
+    for some in [records, *(records for _, records, _ in jobs.values())]:
+        from_first(partial(check_room, model, tokenizer, some, args))
     file = together(lambda: PartialFile(f"{args.out}.partial", args.overwrite)
                     if args.out and rank_and_world()[0] == 0 else None)
     if jobs:
         run_benchmarks(model, tokenizer, jobs, args, file)
     else:
-        records = (read_records(args.data) if args.data else scene_records(args, model.config))[:args.limit]
-        for record in records:              # what cannot be scored is told before the first answer
-            row_of(record, "")
         print_table(answer_columns(model, tokenizer, records, args.images, args, file, args.out))
     if file:
         os.remove(file.path)
 
 
+def parse_args():
+    args = build_parser().parse_args()
+    check_args(args)
+    return args
+
+
 def main():
-    rank, _, device = start_processes()
-    if rank:                                # every process has all answers; the first one says what comes of them
-        sys.stdout = open(os.devnull, "w")
     with StopSignal(), ending("evaluate.py"):
-        run(together(build_parser().parse_args), device)
+        rank, _, device = start_processes()
+        if rank:                            # every process has all answers; the first one says what comes of them
+            sys.stdout = open(os.devnull, "w")
+        run(together(parse_args), device)
 
 
 if __name__ == "__main__":

@@ -117,12 +117,13 @@ def split_heads(x, heads):
 def fold_queries(sfi, q):
     """q (1|B, N, C), W_Q applied -> q W_Ks / sqrt(hd) of every scale s and head: a list of (1|B, N, nh, C)."""
     q = q.unflatten(-1, (sfi.heads, -1))                                           # (1|B, N, nh, hd)
-    return [torch.einsum("bnhd,hdc->bnhc", q * q.shape[-1] ** -0.5, rows_of_heads(wk, q)) for wk in sfi.wk]
+    return [torch.einsum("bnhd,hdc->bnhc", q * q.shape[-1] ** -0.5, rows_of_heads(wk, sfi.heads, q.dtype))
+            for wk in sfi.wk]
 
 
-def rows_of_heads(linear, like):
+def rows_of_heads(linear, heads, dtype):
     """The weight (C, C) of a linear layer, cut into the rows of each head: (nh, hd, C)."""
-    return linear.weight.to(like.dtype).unflatten(0, (like.shape[2], -1))
+    return linear.weight.to(dtype).unflatten(0, (heads, -1))
 
 
 def softmax_weights(folded, pyramid):
@@ -135,7 +136,8 @@ def softmax_weights(folded, pyramid):
 
 def apply_wv(gathered, wv):
     """W_V of each head on what that head gathered, (B, N, nh, C) -> (B, N, C)."""
-    return torch.einsum("bnhc,hdc->bnhd", gathered, rows_of_heads(wv, gathered)).flatten(2)
+    rows = rows_of_heads(wv, gathered.shape[2], gathered.dtype)
+    return torch.einsum("bnhc,hdc->bnhd", gathered, rows).flatten(2)
 
 
 def attention_weights(sfi, queries, pyramid):
@@ -208,7 +210,8 @@ class Pyramid(nn.Module):
             x = projector(x.permute(0, 2, 3, 1))                                   # (B, c, H, W) -> (B, H, W, C)
             # ASSUMPTION: the codes are added to the projected maps, so keys and values both carry them.
             codes = position_codes(*x.shape[1:3], stride, x.shape[-1], x.device)
-            windows.append(window_partition(x + codes.to(x.dtype), grid))
+            # A GPU's autocast makes a norm's output float32; what every SFI reads is as wide as the maps.
+            windows.append(window_partition((x + codes.to(x.dtype)).to(maps[0].dtype), grid))
         return windows, grid
 
 

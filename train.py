@@ -205,6 +205,8 @@ def train(run, args, device, stop):
         model.vision.eval()
         loss, norm, tokens = train_step(ddp, run.optimizer, batches, params, lr, autocast, world)
         row = dict(step=step + 1, loss=loss, gnorm=norm, lr=lr, tokens=tokens)
+        if device.type == "cuda":
+            row["peak GB"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 1)
         bad = [text for batch in batches for text in batch["bad"]]
         if run.held_back is not None and (step + 1) % args.val_every == 0:
             row["val"], more = validate(model, run.held_back, device, autocast)
@@ -318,7 +320,8 @@ def settings_of(run, args, start, digests):
 
 # ---------------------------------------------------------------------------------------------- data
 
-# {kind of record of toy.scenes: from how many times the recipe's scenes}; four scenes in ten give one of places.
+# {kind of record of toy.scenes: times}: there is one such record a scene, of `times` as many scenes as the recipe has.
+# Only four scenes in ten have a question about a place, hence the 10.
 BUILT_IN = {"aquila": {1: {"caption": 1, "places": 10}, 2: {"chat": 1, "caption": 1, "places": 5, "numbers": 2}},
             "aquila-plus": {1: {"chat": 1, "caption": 1}, 2: {"region chat": 1},
                             3: {"region chat": 1, "region": 1, "chat": 1}}}
@@ -352,8 +355,8 @@ def share_out(lengths, micro, rank, world):
 
 def built_in_records(family, stage, n, size):
     """
-    Of every kind above one record a scene, of times * n scenes from number (stage - 1) * times * n on; where a scene
-    has several, they take turns.
+    Of every kind above one record a scene, of times * n scenes from number (stage - 1) * times * n on. Of a scene with
+    k of them scene i gives number i mod k.
     """
     found = []
     with ProcessPoolExecutor(initializer=ignore_signals, initargs=(0,)) as pool:   # some 0.2 ms a scene

@@ -33,7 +33,7 @@ import train
 from checks import mutations as m
 from commands.records import check
 from convnext import load_convnext
-from data import Records, collate, read_records
+from data import RecordFile, Records, collate
 from files.run_folder import check_checkpoint, load_state, seal
 from llama import load_llama, load_lora, rope_frequencies
 from pictures.image_files import fit_image, load_image, to_tensor
@@ -110,7 +110,7 @@ def run_record(case):
         reports = [line for line in printed.getvalue().split("\n") if line.startswith("line 2 ")]
         forbid(not reports, f"a problem, but no line about it: {printed.getvalue()!r:.300}")
         raise ValueError(max(reports, key=len))
-    rows = Records(read_records(clean), case.path.parent, load_tokenizer(TINY_LLM), config)
+    rows = Records(RecordFile(clean), case.path.parent, load_tokenizer(TINY_LLM), config)
     batch = collate([rows[0], rows[-1]])
     forbid(isinstance(batch, ValueError), f"check passes what training refuses: {batch}")
     forbid(not (batch["labels"] != IGNORE).any() or batch["lengths"].max() > config.max_len, "nothing to learn")

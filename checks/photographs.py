@@ -118,6 +118,10 @@ def by_row(files):
 
 
 def compare(args):
+    images = {path: [row.get("image") for _, row in read_predictions(path)] for path in args.files}
+    for path, named in images.items():
+        if named != images[args.files[0]]:
+            raise ValueError(f"{path}: its rows are not of the photographs of {args.files[0]}, in the same order")
     known = {record["conversations"][1]["value"].strip() for record in read_corpus("rsicd", args.root)}
     print(f"{'':34}{'seeds':>6}{'BLEU-1':>8}{'first':>8}{'p':>7}{'different':>11}{'copies':>8}")
     rows = by_row(args.files)
@@ -139,7 +143,9 @@ def compare(args):
 
 def picture(args, side=192, wide=300, high=290):
     """Five in a row, each above what was said of it and its first reference."""
-    rows = [row for _, row in read_predictions(args.files[0])]
+    rows = [row for _, row in read_predictions(args.files[0]) if row.get("references")]
+    if not rows:
+        raise ValueError(f"{args.files[0]}: no captions with references to draw")
     chosen = range(0, len(rows), STEP)[:10]
     sheet = Image.new("RGB", (5 * wide, 2 * high), "white")
     pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
@@ -172,6 +178,8 @@ def work(args):
     if (args.what == "rivals") == bool(args.files) or args.what != "compare" and not args.out:
         raise ValueError(f"{args.what}: expected " + {"rivals": "--vision and --out, no files", "compare": "files",
                                                       "picture": "one file and --out"}[args.what])
+    if args.what == "rivals" and not args.vision:
+        raise ValueError("rivals: give --vision, a ConvNeXt's file")
     if args.what == "picture":
         check_target(args.out)
     {"rivals": rivals, "compare": compare, "picture": picture}[args.what](args)

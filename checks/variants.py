@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import sys
 from functools import cache, partial
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -185,7 +186,11 @@ def keep_maps(folder):
     draw, encode = data.load_pixels, aquila.Aquila.encode_images
 
     def load_maps(record, root, config, blind=False):
+        if not blind and not isinstance(record.get("image"), str):
+            raise ValueError(f"--maps keeps those of one image a record, not of {record.get('image')}")
         name = "gray" if blind else record["image"].removeprefix("scene:").replace("/", "-")
+        if not blind and not record["image"].startswith("scene:"):                 # folders may share names
+            name = f"{sha256(str(pathlib.Path(root, record['image']).resolve()).encode()).hexdigest()[:8]}-{name}"
         path = folder_of(config) / f"{name}.npy"
         if not path.exists():
             images, _ = draw(record, root, config, blind)
@@ -202,7 +207,7 @@ def keep_maps(folder):
     @cache
     def folder_of(config):
         digest = file_digest(pathlib.Path(aquila.locate_weights(config.vision_file, "vision encoder")))[:8]
-        path = folder / f"{digest}-{config.image_size}"
+        path = folder / f"{digest}-{config.image_size}{'' if config.fit == 'resize' else config.fit}"
         path.mkdir(parents=True, exist_ok=True)
         return path
 

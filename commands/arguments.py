@@ -17,7 +17,7 @@ from functools import partial
 from files.text import one_line
 
 MOST = 1_000_000                            # of whatever is counted
-SEEDS = 2 ** 32 - 1                         # train.py draws from 2 ** 30 times this, below 2 ** 63
+SEEDS = 2 ** 32 - 1                         # train.py multiplies a seed by a million: that fits 64 bits
 
 
 class Parser(argparse.ArgumentParser):

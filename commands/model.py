@@ -18,7 +18,11 @@ from commands.arguments import Parser, whole
 from commands.memory import predict
 from commands.training import given
 from convnext import STRIDES
-from llama import load_llama, load_lora, lora_layers, merge_lora, save_llama, save_lora
+from files.peft import load_lora, save_lora
+from files.text import write_json
+from llama import load_llama, save_llama
+from lora import lora_layers, merge_lora
+from tokenizer import load_tokenizer
 from train import RECIPES, optimizer_for
 
 
@@ -48,31 +52,44 @@ def memory_table(args):
     tokens, image = args.tokens or config.max_len, config.tokens_per_image
     if tokens <= image + 2:
         raise ValueError(f"--tokens {tokens}: {image} of them are the image's; expected more than {image + 2}")
+    if args.full_llm and "llm" not in sum(TRAINS[config.family].values(), ()):
+        raise ValueError(f"--full-llm: {args.preset} trains the LM by LoRA alone; take an aquila-plus preset")
     lines = [f"{args.preset}, {args.dtype}, {args.processes} process(es), samples of {tokens:,} tokens, {image:,} of "
              "them the image's. GB of 10^9 bytes in each process:"]
     for stage, recipe in RECIPES[args.preset].items():
         recipe = dataclasses.replace(recipe, **given(args, "micro", "grad_checkpoint"))
-        config = dataclasses.replace(config, lora=recipe.lora)
+        full = args.full_llm and "llm" in TRAINS[config.family][stage]
+        config = dataclasses.replace(config, lora=None if full else recipe.lora, full_llm=full)
         found = predict(config, stage, recipe, optimizer_for, tokens, dtype, args.processes)
         row = {"stage": stage, "micro": recipe.micro, "checkpoint": "yes" if recipe.grad_checkpoint else "no"}
         row |= {what: f"{n / 1e9:.2f}" for what, n in found.items()}
-        lines += ["  ".join(row)] * (stage == 1) + ["  ".join(f"{value:>{len(what)}}" for what, value in row.items())]
+        if stage == 1:
+            lines.append("  ".join(row))
+        lines.append("  ".join(f"{value:>{len(what)}}" for what, value in row.items()))
     return "\n".join(lines)
 
 
 def export(llm, source, out):
-    """out/adapter: the LoRA as PEFT's files; out/llm: the LM with it merged, with the tokenizer files of source."""
+    """
+    out/adapter: the LoRA as PEFT's files; out/llm: the LM with it merged, the tokenizer files of source, and the tokens
+    that end an answer, without which transformers would never stop.
+    """
+    if (out / "llm").resolve() == pathlib.Path(source).resolve():
+        raise ValueError(f"--export {out} would write over {source}, the LM that is read; give another folder")
+    stop_ids = load_tokenizer(source).stop_ids
     if lora_layers(llm):
         save_lora(llm, out / "adapter")
     save_llama(merge_lora(llm), out / "llm")
-    for file in pathlib.Path(source).glob("*token*"):
-        shutil.copy(file, out / "llm")
+    write_json(out / "llm" / "generation_config.json", {"eos_token_id": sorted(stop_ids)})
+    for name in ("*token*", "chat_template*"):
+        for file in pathlib.Path(source).glob(name):
+            shutil.copy(file, out / "llm")
     print(f"wrote {out}")
 
 
 def run(args):
-    if not args.export and (args.model or args.llm or args.adapter):
-        raise ValueError("--model, --llm and --adapter go with --export DIR")
+    if not args.export and (args.model or args.vision or args.llm or args.adapter):
+        raise ValueError("--model, --vision, --llm and --adapter go with --export DIR")
     if args.memory:
         print(memory_table(args))
     elif not args.export:
@@ -80,7 +97,8 @@ def run(args):
         print(describe(dataclasses.replace(PRESETS[args.preset], lora=last.lora)))
     elif args.model:
         config = load_config(args.model)
-        config = dataclasses.replace(config, llm_dir=args.llm or config.llm_dir)
+        config = dataclasses.replace(config, vision_file=args.vision or config.vision_file,
+                                     llm_dir=args.llm or config.llm_dir)
         model = build(config, torch.bfloat16)                  # LoRA stays in float32: a merged weight is rounded once
         load_checkpoint(model, args.model)
         export(model.llm, locate_weights(config.llm_dir, "language model"), args.export)
@@ -97,6 +115,7 @@ def main():
     add("--export", type=pathlib.Path, metavar="DIR", help="write DIR/llm, the LM with its LoRA merged, as a Hugging "
         "Face folder in bfloat16, and DIR/adapter, the LoRA alone, as PEFT's files")
     add("--model", help="--export: folder that train.py wrote")
+    add("--vision", help="--export: the ConvNeXt's file, if it is no longer where it was in training")
     add("--llm", help="--export: Llama folder (default: the one that --model was trained on)")
     add("--adapter", help="--export, without --model: a LoRA for --llm in PEFT's files")
     add = parser.add_argument_group("memory").add_argument
@@ -106,5 +125,6 @@ def main():
     add("--processes", type=whole(1), default=4, help="that train together (default 4)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of frozen weights and of autocast "
         "(default bfloat16)")
+    add("--full-llm", action="store_true", help="Aquila-plus, stage 3: the LM's own weights instead of LoRA")
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, help="(default: the recipe's)")
     parser.run(run)

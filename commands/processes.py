@@ -28,6 +28,9 @@ def start_processes():
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
     if cuda:
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"{gpus} GPU(s) for more processes; start one for each, torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     if world > 1:                           # the others may wait long while the first looks at a million records
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
@@ -53,8 +56,8 @@ class SharedMistake(ValueError):
     """All processes have this one: the first prints it."""
 
 
-class Stopped(Exception):
-    """By a signal: (its number, a line about it)."""
+class Stopped(BaseException):
+    """By a signal: (its number, a line about it). No Exception: what catches those of a damaged file lets it pass."""
 
 
 def together(work):
@@ -73,7 +76,11 @@ def together(work):
 
 def from_first(work):
     """-> what work() gives in the first process, in every process; a mistake there stops all."""
-    return gather(together(lambda: work() if rank_and_world()[0] == 0 else None))[0]
+    rank, world = rank_and_world()
+    given = [together(lambda: work() if rank == 0 else None)]
+    if world > 1:
+        dist.broadcast_object_list(given)
+    return given[0]
 
 
 def explain(error):

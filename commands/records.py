@@ -27,7 +27,7 @@ from commands.progress import Progress
 from commands.training import given
 from convnext import STRIDES
 from data import (CHATS, KNOWN, RecordFile, Records, check_images, encode_record, encode_turns, form_problems,
-                  image_names, is_text, load_pixels, meant, mentions, read_records, turns_of)
+                  image_names, is_text, load_pixels, meant, mentions, turns_of)
 from files.text import check_target, one_line, path_inside, write_json_lines
 from pictures.image_files import MAX_IMAGES, MAX_MASKS, load_image
 from pictures.mask_files import decode_mask, tolerated
@@ -191,7 +191,7 @@ def show(path, root, config, n):
     """Print the first n records as a model reads them: runs of masked (-) and learned (+) tokens, and their number."""
     tokenizer = tokenizer_of(config.llm_dir)
     special = {i: name for name, i in tokenizer.special.items()} | SLOTS
-    for record in read_records(path)[:n]:
+    for record in RecordFile(path)[:n]:
         row = encode_record(record, tokenizer, config.chat, config.tokens_per_image)
         images, masks = load_pixels(record, root, config)
         regions = f", {len(masks)} masks" if len(masks) else ""

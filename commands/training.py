@@ -109,8 +109,10 @@ def resolve(args, recipes, world):
     wrong = [f"{k} {v!r}" for k, v in model.items() if start and getattr(config, k) != v]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} contradicts {start}, which decides it; leave the flag out")
-    config = replace(config, **model, vision_file=args.vision or config.vision_file,
-                     llm_dir=args.llm or config.llm_dir, lora=recipe.lora, full_llm=args.full_llm)
+    given_paths = {"vision_file": args.vision, "llm_dir": args.llm}
+    # Whole paths, for a checkpoint may be read from elsewhere.
+    lie = {part: os.path.abspath(path) for part, path in given_paths.items() if path}
+    config = replace(config, **model, **lie, lora=recipe.lora, full_llm=args.full_llm)
     return config, recipe, out, start
 
 

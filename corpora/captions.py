@@ -59,7 +59,7 @@ def read_capera(corpus, root, split):
 
 def read_scene_folders(corpus, root, split):
     """WHU-RS19: a folder of images a class and no text, so the class name is put into SCENE_TEXT."""
-    for path in sorted(root.glob("*/*")):
+    for path in sorted(root.glob("[!.]*/[!.]*")):
         if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".tif", ".tiff"}:
             image = f"{path.parent.name}/{path.name}"
             record_id = f"{corpus.name}-{image}"

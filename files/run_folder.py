@@ -66,8 +66,9 @@ def find_checkpoint(out, resume, overwrite):
     if overwrite and found and found.resolve().parent == out.resolve():
         raise ValueError(f"--overwrite would remove {found}, which --resume goes on from; leave one of the two out (to "
                          "go on from an older checkpoint, take another --out)")
-    if (own or there not in ([], ["log.jsonl"])) and not overwrite and [path.resolve() for path in own] != [
-            found and found.resolve()]:
+    holds_run = bool(own) or there not in ([], ["log.jsonl"])
+    goes_on_here = bool(own and found) and own[0].resolve() == found.resolve()
+    if holds_run and not goes_on_here and not overwrite:
         goes_on = "--resume auto goes on with its last checkpoint" if own else "it has no checkpoint to go on from"
         raise ValueError(f"{out} holds a run ({', '.join([path.name for path in own] + there)}); {goes_on}, "
                          "--overwrite starts anew, --out takes another folder")
@@ -221,9 +222,10 @@ class Log:
         except OSError as e:
             raise unwritten(self.path, e) from None
         step, val = row["step"], f" | val {row['val']:.4f}" if "val" in row else ""
+        peak = f" | {row['peak GB']} GB" if "peak GB" in row else ""
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         line = (f"step {step}/{self.steps} | loss {row['loss']:.4f}{val} | {row['tokens'] / seconds:7,.0f} tok/s | "
-                f"lr {row['lr']:.2e} | gnorm {row['gnorm']:6.2f} | {left:5.0f} s left")
+                f"lr {row['lr']:.2e} | gnorm {row['gnorm']:6.2f}{peak} | {left:5.0f} s left")
         with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop: the log has it
             if sys.stdout.isatty():
                 print(f"\r{line}", end="\n" if step == self.steps else "", flush=True)

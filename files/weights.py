@@ -132,7 +132,10 @@ def write_tensors(path, tensors, metadata=None):
     """{name: tensor} as a safetensors file; metadata: {name: text}."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with written_whole(path) as temporary:
+        temporary.touch()                   # with the rights that files here get; safetensors would keep it private
+        rights = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as e:        # of a full disk, too
             raise unwritten(path, OSError(str(e))) from None
+        temporary.chmod(rights)

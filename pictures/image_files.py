@@ -99,19 +99,23 @@ def read_header(file):
     out: GDAL's value for pixels without data, or None. ValueError if Pillow would read the file wrongly or slowly: it
          cuts colors of 16 bits to 8 without a word, and takes any five bands for red, green, blue and two more.
     """
-    start, bands, bits, gray, signed, nodata = file.read(512), 1, 8, False, False, None
+    start, bands, bits, nodata = file.read(512), 1, 8, None
+    gray = inverted = signed = unsigned = False
     tiles = tile = 0
     if start.startswith(b"\x89PNG") and len(start) > 25:                           # at 24 the bits, then the color type
         bands, bits = {2: 3, 4: 2, 6: 4}.get(start[25], 1), start[24]
     elif b"ihdr" in start[:80]:             # JPEG 2000: in its first box, behind the name, height and width
         at = start.index(b"ihdr") + 12
         bands, bits = int.from_bytes(start[at:at + 2], "big"), (start[at + 2] & 127) + 1
+    elif start.startswith(b"\xff\x4f\xff\x51"):                                   # JPEG 2000 without boxes
+        bands, bits = int.from_bytes(start[40:42], "big"), (start[42] & 127) + 1
     elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):                    # TIFF and BigTIFF ("+")
         tags = TiffImagePlugin.ImageFileDirectory_v2(start[:16] if b"+" in start[:4] else start[:8])
         file.seek(tags.next)
         tags.load(file)
         bands, bits = tags.get(277, 1), max(tags.get(258, (1,)))                   # SamplesPerPixel, BitsPerSample
-        gray, signed = tags.get(262) in (0, 1), 2 in tags.get(339, ())             # Photometric..., SampleFormat
+        gray, inverted = tags.get(262) in (0, 1), tags.get(262) == 0               # PhotometricInterpretation
+        unsigned, signed = 1 in tags.get(339, (1,)), 2 in tags.get(339, ())        # SampleFormat
         nodata = re.fullmatch(r"\s*([-+\d.eE]+|nan)[\s\0]*", str(tags.get(42113, "")))  # GDAL_NODATA
         nodata = float(nodata[1]) if nodata else None
         tiles, tile = max(len(tags.get(273, ())), len(tags.get(324, ()))), tags.get(322, 0) * tags.get(323, 0)
@@ -120,6 +124,8 @@ def read_header(file):
                             (bands > 4, f"{bands} bands"),
                             (bands > 1 and bits > 8, f"{bands} bands of {bits} bits"),
                             (signed and bits == 8, "signed pixels of 8 bits"),
+                            (unsigned and bits == 32, "unsigned pixels of 32 bits"),
+                            (inverted and bits > 8, f"pixels of {bits} bits of which zero is white"),
                             (gray and bands > 2, f"{bands} bands that are marked as gray")):
         if refused:
             raise ValueError(f"{reason}; make an 8-bit RGB image of it: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale "

@@ -53,12 +53,15 @@ def benchmark_jobs(args):
                          "all, and its folder")
     if everything and args.split:
         raise ValueError(f"--split {args.split} goes with one benchmark; all takes the splits of the paper's Table 1")
-    jobs, left_out = {}, (args.leave_out or "").split(",")
+    jobs, types, left_out = {}, set(), {name.strip() for name in (args.leave_out or "").split(",")} - {""}
     for name in BENCHMARKS if everything else [args.benchmark]:
         root, split = Path(args.root, folder_of(name) if everything else ""), args.split or BENCHMARKS[name].split
+        if split == "train" and BENCHMARKS[name].metric == "BLEU-1":
+            raise ValueError(f"--split train: its records are single captions to learn, of {name} ask another split")
         try:                                # the folder may be there for training alone
-            records = [record for record in read_corpus(name, root, split, raw_answers=args.raw_answers)
-                       if record.get("type") not in left_out]
+            records = list(read_corpus(name, root, split, raw_answers=args.raw_answers))
+            types |= {record["type"] for record in records if record.get("type")}
+            records = [record for record in records if record.get("type") not in left_out]
             if not records:
                 raise FileNotFoundError(f"{root}: no record of split {split}, --leave-out {args.leave_out or 'none'}")
         except FileNotFoundError as error:
@@ -70,6 +73,10 @@ def benchmark_jobs(args):
     if not jobs:
         folders = dict.fromkeys(map(folder_of, BENCHMARKS))
         raise ValueError(f"--root {args.root}: nothing to ask; expected sub-folders named {', '.join(folders)}")
+    unknown = left_out - types - {"count", "area"}                                 # only one of RSVQA's two has areas
+    if unknown:
+        raise ValueError(f"--leave-out {args.leave_out}: no question is of type {', '.join(sorted(unknown))}; the "
+                         f"types are {', '.join(sorted(types)) or 'none'}")
     return jobs
 
 

@@ -18,7 +18,7 @@ from data import image_names
 from files.text import file_digest, write_json
 from scoring.benchmarks import BENCHMARKS
 from scoring.metrics import bleu, normalize_answer, tokenize
-from scoring.scores import references_of
+from scoring.scores import by_kind, references_of
 
 SCORING = {"BLEU-1": "the whole set at once, all references, closest reference length; lower case, pycocoevalcap's "
                      "tokens and its punctuation left out",
@@ -109,11 +109,11 @@ def answer_choices(rows):
 
 def print_choices(rows):
     """Both tables, for rows of scoring.scores.read_predictions."""
-    captions = [row for row in rows if references_of(row)]
-    answers = [row for row in rows if not references_of(row)]
-    for metric, some, choices in (("BLEU-1", captions, caption_choices), ("accuracy", answers, answer_choices)):
+    captions, answers = by_kind(rows)
+    parts = [(f"{kind}: BLEU-1" if kind else "BLEU-1", some, caption_choices) for kind, some in captions.items()]
+    for heading, some, choices in [*parts, ("accuracy", answers, answer_choices)]:
         if some:
             found = choices(some)
-            print(f"{metric} of {len(some):,} rows{'':20}change")
+            print(f"{heading} of {len(some):,} rows{'':20}change")
             for choice, value in found.items():
                 print(f"  {choice:30}{value:9.2f}{value - found['as scored']:+9.2f}")

@@ -55,12 +55,7 @@ def score(rows, wanted=None):
     Rows -> scores. Captions: BLEU-1..4, ROUGE-L and CIDEr, or those wanted; no CIDEr of one row alone; SENTENCES apart,
     type by type. All others: score_questions; besides score_yes_no and score_classes for the types that they fit.
     """
-    captions, questions = {}, []
-    for row in rows:
-        if references_of(row):
-            captions.setdefault(row["type"] if row.get("type") in SENTENCES else "", []).append(row)
-        else:
-            questions.append(row)
+    captions, questions = by_kind(rows)
     scores = {}
     for kind, group in sorted(captions.items()):
         metrics = wanted or (("bleu", "rouge-l", "cider") if len(group) > 1 else ("bleu", "rouge-l"))
@@ -74,6 +69,17 @@ def score(rows, wanted=None):
     if classes:
         scores |= in_percent(score_classes(classes), len(classes), "region class")
     return dict(sorted(scores.items(), key=lambda item: ": " in item[0]))          # what has a heading comes last
+
+
+def by_kind(rows):
+    """Rows -> {type, or "" for whole images: captions}, and the questions."""
+    captions, questions = {}, []
+    for row in rows:
+        if references_of(row):
+            captions.setdefault(row["type"] if row.get("type") in SENTENCES else "", []).append(row)
+        else:
+            questions.append(row)
+    return captions, questions
 
 
 def in_percent(found, n, heading):

@@ -129,7 +129,8 @@ def test_capera_takes_stills_of_the_split_folder(tmp_path):
 
 
 def test_whu_rs19_makes_text_of_the_folder_names(tmp_path):
-    for name in ("railwayStation/railwayStation_02.jpg", "Airport/airport_01.jpg", "Airport/Thumbs.db"):
+    for name in ("railwayStation/railwayStation_02.jpg", "Airport/airport_01.jpg", "Airport/Thumbs.db",
+                 "Airport/._airport_01.jpg", ".ipynb_checkpoints/a-checkpoint.jpg"):
         put(tmp_path / name, "")
     rows = convert(tmp_path, "whu-rs19")
     assert [row["image"] for row in rows] == ["Airport/airport_01.jpg", "railwayStation/railwayStation_02.jpg"]

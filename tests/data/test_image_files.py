@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from pictures.image_files import CLIP_MEAN, CLIP_STD, fit_image, load_image, open_image, to_tensor
+from commands.processes import Stopped
+from pictures.image_files import CLIP_MEAN, CLIP_STD, fit_image, load_image, open_image, open_picture, to_tensor
 
 
 def test_one_marker_pixel_goes_where_the_geometry_says():
@@ -139,6 +140,8 @@ REFUSED = {
     "floats": (lambda p: tiff(p, 3, 32, 2, kind=3), "3 bands of 32 bits"),
     "gray in three": (lambda p: tiff(p, 3, 8, 1), "3 bands that are marked as gray"),
     "signed": (lambda p: tiff(p, 1, 8, kind=2), "signed pixels of 8 bits"),
+    "unsigned of 32 bits": (lambda p: tiff(p, 1, 32), "unsigned pixels of 32 bits"),
+    "zero is white": (lambda p: tiff(p, 1, 16, colors=0), "pixels of 16 bits of which zero is white"),
     "PNG RGB": (lambda p: png(p, 2, 16), "3 bands of 16 bits"),
     "PNG RGBA": (lambda p: png(p, 6, 16), "4 bands of 16 bits"),
     "PNG gray and alpha": (lambda p: png(p, 4, 16), "2 bands of 16 bits"),
@@ -162,6 +165,22 @@ def test_a_jpeg_2000_of_16_bits_is_refused(tmp_path):
     (tmp_path / "a.jp2").write_bytes(content[:at] + b"\x0f" + content[at + 1:])
     with pytest.raises(ValueError, match="3 bands of 16 bits"):
         open_image(tmp_path / "a.jp2")
+
+
+def test_a_jpeg_2000_without_boxes_is_judged_too(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.j2k")
+    assert open_image(tmp_path / "a.j2k").size == (32, 32)
+    content = (tmp_path / "a.j2k").read_bytes()
+    assert content[42] == 7                 # bits - 1
+    (tmp_path / "a.j2k").write_bytes(content[:42] + b"\x0f" + content[43:])
+    with pytest.raises(ValueError, match="3 bands of 16 bits"):
+        open_image(tmp_path / "a.j2k")
+
+
+def test_a_signal_is_not_taken_for_a_damaged_picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(Stopped), open_picture(tmp_path / "a.png", "image"):
+        raise Stopped(2, "ended by SIGINT")
 
 
 def test_the_tiff_and_png_writers_above_are_right(tmp_path):

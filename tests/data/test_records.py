@@ -19,7 +19,7 @@ from conftest import ROOT, ByteTokenizer
 from PIL import Image
 
 from commands import records
-from data import Records, check_form, collate, encode_record, encode_turns, read_records
+from data import RecordFile, Records, check_form, collate, encode_record, encode_turns
 from pictures import image_files
 from tokenizer import IGNORE, IMAGE_SLOT, load_tokenizer
 from toy import scenes
@@ -32,6 +32,10 @@ CONFIG = SimpleNamespace(image_size=64, fit="resize", chat="llama-3", tokens_per
 def record(*turns, **more):
     roles = ["human", "gpt"] * len(turns)
     return {"id": "r", "conversations": [{"from": r, "value": t} for r, t in zip(roles, turns)], **more}
+
+
+def read_records(path):
+    return list(RecordFile(path))
 
 
 def text_of(tokens):

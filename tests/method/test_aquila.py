@@ -302,6 +302,11 @@ def test_answers_are_text(small):
     assert len(answers) == 4 and all(isinstance(a, str) for a in answers)
 
 
+def test_a_callers_gradients_stay_on_between_tokens(small):
+    for _ in small().generate(collate(ROWS), stop_ids=(), max_new_tokens=2):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 # ---------------------------------------------------------------------------------------------- export
 
 IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -337,7 +342,10 @@ def test_the_exported_llm_is_the_merged_model(exported):
     assert torch.equal(llm(IDS), merge_lora(copy.deepcopy(trained))(IDS))
     untrained = load_llama(ROOT / "weights/tiny-llm", torch.bfloat16)
     assert difference(llm(IDS), trained(IDS)) < 0.05 < difference(llm(IDS), untrained(IDS))
-    assert load_tokenizer(folder / "llm").encode("a ship") == load_tokenizer(ROOT / "weights/tiny-llm").encode("a ship")
+    theirs, ours = load_tokenizer(ROOT / "weights/tiny-llm"), load_tokenizer(folder / "llm")
+    assert ours.encode("a ship") == theirs.encode("a ship")
+    ends = json.loads((folder / "llm/generation_config.json").read_text())["eos_token_id"]
+    assert ends and set(ends) == theirs.stop_ids
 
 
 @torch.no_grad()
@@ -355,8 +363,15 @@ def test_an_adapter_is_merged_without_a_model(exported, tmp_path):
     code, _, err = command("--llm", ROOT / "weights/tiny-llm", "--adapter", folder / "adapter", "--export", tmp_path)
     assert (code, err) == (0, "")
     files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    assert len(files) == 6
+    assert len(files) == 7
     assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
+
+
+def test_an_export_never_writes_over_the_lm_that_it_reads(exported):
+    _, folder = exported
+    before = (folder / "llm/model.safetensors").read_bytes()
+    code, _, err = command("--llm", folder / "llm", "--adapter", folder / "adapter", "--export", folder)
+    assert code == 2 and "would write over" in err and (folder / "llm/model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -371,4 +386,16 @@ def test_a_wrong_export_is_one_line_and_exit_code_2(tmp_path, flags, message):
 
 def test_a_model_without_export_is_not_passed_over():
     code, out, err = command("--model", "nothing")
-    assert code == 2 and not out and err == "aquila.py: --model, --llm and --adapter go with --export DIR\n"
+    assert code == 2 and not out and err == "aquila.py: --model, --vision, --llm and --adapter go with --export DIR\n"
+
+
+def test_an_export_finds_a_vision_file_that_was_moved(exported, tmp_path):
+    _, folder = exported
+    config = json.loads((folder.parent / "run/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_file": "moved.safetensors"}))
+    (tmp_path / "model.safetensors").symlink_to(folder.parent / "run/model.safetensors")
+    flags = "--model", tmp_path, "--export", tmp_path / "out"
+    code, _, err = command(*flags)
+    assert code == 2 and "it is not at moved.safetensors; give --vision FILE" in err
+    code, _, err = command(*flags, "--vision", ROOT / "weights/tiny-clip.safetensors")
+    assert (code, err) == (0, "") and (tmp_path / "out/llm/model.safetensors").exists()

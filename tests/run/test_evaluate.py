@@ -246,6 +246,9 @@ def test_conventions_of_rsvqa_are_options(corpora_root):
     table = figures(command(*lr)[1])
     assert table["accuracy"] == ["4", "75.00"] and table["presence"] == ["3", "66.67"]
     assert figures(command(*lr, "--leave-out", "count,area")[1])["accuracy"] == ["3", "66.67"]
+    assert figures(command(*lr, "--leave-out", " count, area,")[1])["accuracy"] == ["3", "66.67"]
+    code, out, err = command(*lr, "--leave-out", "counts,area")
+    assert code == 2 and not out and "no question is of type counts; the types are count, presence" in err
     args = argparse.Namespace(benchmark="rsvqa-lr", root=lr[3], split=None, leave_out="", raw_answers=True, limit=None)
     assert benchmark_jobs(args)["rsvqa-lr"][1][3]["conversations"][1]["value"] == "7"
 
@@ -368,12 +371,17 @@ def test_a_model_without_regions_refuses_a_mask(model, tmp_path):
     ((), "give one of"), (("--scenes", 1, "--data", "x"), "give one of"), (("--scenes", 1), "give --model"),
     (("--score", "none.jsonl"), "none.jsonl is not there"),
     (("--model", "nowhere", "--scenes", 1), "config.json is not there"),
-    (("--model", "nowhere", "--image", "x.png"), "go together"),
+    (("--model", "nowhere", "--image", "x.png"), "--image needs --ask"),
     (("--model", "x", "--scenes", 1, "--out", "no/such/f"), "no/such/f cannot be written"),
     (("--model", "x", "--data", "s.jsonl", "--out", "./s.jsonl"), "--out ./s.jsonl is the file of records"),
     (("--model", "x", "--image", "x.png", "--ask", ""), "--ask: the value is empty"),
-    (("--model", "x", "--scenes", 1, "--mask", "m.png"), "--mask only with them"),
+    (("--model", "x", "--scenes", 1, "--mask", "m.png"), "--mask goes with --image, not with --scenes; leave it out"),
+    (("--model", "x", "--data", "x", "--temperature", 0.7), "--temperature goes with --image"),
+    (("--model", "x", "--data", "x", "--split", "val"), "--split goes with --scenes or --benchmark"),
+    (("--model", "x", "--scenes", 1, "--leave-out", "count"), "--leave-out goes with --benchmark"),
+    (("--score", "p.jsonl", "--blind"), "--blind goes with --scenes or --benchmark or --data, not with --score"),
     (("--benchmark", "rsicd", "--root", "x"), "give --model"), (("--scenes", 1, "--sanity"), "--sanity goes with"),
+    (("--benchmark", "rsicd", "--root", "x", "--sanity", "--model", "x"), "--sanity goes without --model"),
     (("--benchmark", "coco", "--root", "x", "--sanity"), "expected one of rsicd, sydney"),
     (("--benchmark", "all", "--sanity"), "--root None"),
     (("--benchmark", "all", "--root", "nowhere", "--sanity", "--split", "val"), "--split val goes with one"),
@@ -394,6 +402,28 @@ def test_types_are_judged_before_the_first_answer(model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "predict", None)
     code, out, err = command("--model", model, "--data", tmp_path / "d.jsonl")
     assert code == 2 and "record 3: type 'accuracy' is the name of the sum" in err and err.count("\n") == 1 and not out
+
+
+def test_a_prompt_without_room_is_told_before_the_first_answer(model, tmp_path, monkeypatch):
+    rows = [{"conversations": [{"from": "human", "value": words}, {"from": "gpt", "value": "x"}]}
+            for words in ("?", "word " * 900)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(evaluate, "predict", None)
+    code, out, err = command("--model", model, "--data", tmp_path / "d.jsonl")
+    assert code == 2 and "record 2: a prompt of" in err and "max_len" in err and err.count("\n") == 1 and not out
+
+
+def test_train_captions_are_no_benchmark():
+    code, out, err = command("--benchmark", "sydney", "--root", "x", "--split", "train", "--sanity")
+    assert code == 2 and "--split train: its records are single captions" in err and not out
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    code, out, err = command("--model", "x", "--scenes", 1)
+    assert code == 2 and "start one for each, torchrun --nproc-per-node 2" in err and err.count("\n") == 1 and not out
 
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch):

@@ -127,6 +127,12 @@ def test_the_table():
     assert [row[:3] for row in rows] == [[str(stage), "2", "no"] for stage in (1, 2, 3)]
     for row in rows:                        # its numbers are rounded
         assert abs(sum(map(float, row[3:-1])) - float(row[-1])) < 0.05
+    peaks = [float(line.split()[-1]) for line in out.splitlines()[2:]]
+    code, out, _ = command_line(main, "--preset", "tiny-plus", "--memory", "--micro", 2, "--tokens", 30, "--full-llm")
+    full = [float(line.split()[-1]) for line in out.splitlines()[2:]]
+    assert code == 0 and full[:2] == peaks[:2] and full[2] > peaks[2]              # stage 3 alone can train the LM
+    code, _, err = command_line(main, "--preset", "tiny", "--memory", "--full-llm")
+    assert code == 2 and err == "aquila.py: --full-llm: tiny trains the LM by LoRA alone; take an aquila-plus preset\n"
     code, _, err = command_line(main, "--preset", "tiny", "--memory", "--tokens", 18)
     assert code == 2 and err == "aquila.py: --tokens 18: 16 of them are the image's; expected more than 18\n"
 

@@ -133,6 +133,15 @@ def test_rivals_compare_and_picture(rsicd, capsys):
     assert a[0] == b[0] == "2" and a[1] == b[1] and c[0] == "1"
     assert float(b[2]) == float(c[2]) == 0                         # seed beside seed: c has what a has with seed 1
     assert float(beside[2]) == pytest.approx(float(a[1]) - float(beside[1]), abs=0.02)
+    put(rsicd / "fewer.jsonl", json.dumps(rows[1]))
+    put(rsicd / "asked.jsonl", json.dumps({"prediction": "yes", "answer": "yes"}))
+    for wrong, message in (
+            (["compare", str(rsicd / "fewer.jsonl"), str(rsicd / "a-0.jsonl")], "not of the photographs of"),
+            (["picture", str(rsicd / "asked.jsonl"), "--out", str(rsicd / "p.png")], "no captions with"),
+            (["rivals", "--out", str(rsicd / "out")], "give --vision")):
+        with pytest.raises(SystemExit) as e:
+            photographs.main([*wrong, *flags])
+        assert e.value.code == 2 and message in capsys.readouterr().err
     photographs.main(["picture", str(rsicd / "out/neighbours.jsonl"), *flags, "--out", str(rsicd / "p.png")])
     assert np.asarray(Image.open(rsicd / "p.png"))[100, 100].tolist() != [255, 255, 255]
 
@@ -157,6 +166,26 @@ def test_ways_to_score_an_answer():
     assert found["without articles"] == 40 and found["the answer is anywhere in it"] == 60
     assert answer_choices(rows[1:2])["synonyms are one"] == 0 and answer_choices(
         [{"prediction": "ships", "answer": "boat"}])["synonyms are one"] == 100
+
+
+def test_as_scored_is_what_score_gives(tmp_path, capsys, monkeypatch):
+    """Captions of regions type by type; with --captions every answer is one."""
+    rows = [{"prediction": "a red ship", "answer": "a blue ship", "type": "region caption"},
+            {"prediction": "a ship on water", "answer": "water", "type": "region detail"},
+            {"prediction": "two ships", "answer": "two big ships", "type": "count"}]
+    put(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+
+    def printed(*flags):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
+        evaluate()
+        return capsys.readouterr().out
+
+    for more in ((), ("--captions",)):
+        figures = {line.split()[-1] for line in printed("--score", str(tmp_path / "p.jsonl"), *more).splitlines()
+                   if "BLEU-1" in line or line.startswith("accuracy")}
+        found = [line.split()[2] for line in printed("--contract", str(tmp_path / "p.jsonl"), *more).splitlines()
+                 if "as scored" in line]
+        assert set(found) == figures and len(found) == 3
 
 
 def test_the_contract_names_what_a_figure_depends_on(rsicd, capsys, monkeypatch):

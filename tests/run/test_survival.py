@@ -962,7 +962,7 @@ def test_mistakes_are_found_before_the_first_step(folder, mixed, tmp_path):
 def test_records_are_looked_at_in_parallel_with_progress(folder, tmp_path, monkeypatch):
     """The same is found by two processes."""
     write_records(tmp_path / "d.jsonl", [f"{i % 4}.bmp" for i in range(300)])
-    config, records = load_model(folder / "start").config, data.read_records(tmp_path / "d.jsonl")
+    config, records = load_model(folder / "start").config, data.RecordFile(tmp_path / "d.jsonl")
     survey = lambda workers: commands.records.survey(records, folder / "images", load_tokenizer(LLM), config, workers)
     one = survey(2)
     monkeypatch.setattr(commands.records, "FEW", 100)
@@ -982,7 +982,7 @@ def test_records_are_looked_at_in_parallel_with_progress(folder, tmp_path, monke
 def test_which_pictures_are_others(folder, tmp_path, monkeypatch):
     """By their sizes; of so many by every bit, here of the first."""
     write_records(tmp_path / "d.jsonl", [f"{i}.bmp" for i in range(4)])
-    config, records = load_model(folder / "start").config, data.read_records(tmp_path / "d.jsonl")
+    config, records = load_model(folder / "start").config, data.RecordFile(tmp_path / "d.jsonl")
     monkeypatch.setattr(commands.records, "SOME", 1)
 
     def digest(name, change):
@@ -1061,7 +1061,7 @@ def test_the_loss_of_held_back_records(folder, tmp_path):
     rows = rows_of(out)
     assert ["val" in row for row in rows] == [False, True, False, True]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in rows_of(folder / "whole")], abs=1e-4)
-    held_back = data.read_records(tmp_path / "val.jsonl")
+    held_back = data.RecordFile(tmp_path / "val.jsonl")
     for row in rows[1::2]:
         model = load_model(out / f"step-{row['step']:06d}")
         records = data.Records(held_back, folder / "images", load_tokenizer(LLM), model.config)

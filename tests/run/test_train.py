@@ -218,6 +218,17 @@ def test_the_rows_of_table_5(data, tmp_path):
     assert code == 2 and "contradicts" in err
 
 
+def test_a_checkpoint_can_be_read_from_elsewhere_and_by_others(data, tmp_path):
+    """It holds the whole path of what --vision names, and its files have the rights that files here get."""
+    vision = os.path.relpath(ROOT / "weights/tiny-clip.safetensors")
+    assert command("--stage", 1, "--data", data, "--batch", 2, "--micro", 2, "--steps", 1, "--vision", vision,
+                   "--out", tmp_path / "run") == (0, "")
+    assert json.loads((tmp_path / "run/config.json").read_text())["vision_file"] == os.path.abspath(vision)
+    (tmp_path / "plain").touch()
+    rights = {path.stat().st_mode for path in (tmp_path / "plain", *(tmp_path / "run").rglob("*")) if path.is_file()}
+    assert len(rights) == 1
+
+
 def write_images(folder):
     """whole.png, and cut.png, which is the beginning of it."""
     folder.mkdir()
