@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from commands.arguments import Parser, real, whole
+from commands.samples import BUILT_IN
 from files.text import check_target, file_digest, read_json_lines, written_whole
 from scoring.metrics import brevity_penalty, closest_length, largest_counts, ngrams, same_answer, tokenize
 from scoring.scores import score
-from train import BUILT_IN, RECIPES
+from train import RECIPES
 
 HERE = pathlib.Path(__file__).resolve().parent
 Row = namedtuple("Row", "says beside variant flags", defaults=("whole", ""))       # flags: of stage 1

@@ -12,7 +12,8 @@ It hardly learns places, and has seen too few captions to write good ones: READM
 from unittest.mock import patch
 
 import train
+from commands import samples
 
 if __name__ == "__main__":
-    with patch.dict(train.BUILT_IN, aquila={1: {"caption": 1}, 2: {"chat": 1}}):
+    with patch.dict(samples.BUILT_IN, aquila={1: {"caption": 1}, 2: {"chat": 1}}):
         train.main()

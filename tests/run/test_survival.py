@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 import commands.processes
 import commands.progress
 import commands.records
+import commands.samples
 import data
 import evaluate
 import files.run_folder as run_folder
@@ -233,7 +234,7 @@ def wait_in_survey():
     def survey(*rest):
         pathlib.Path(sys.argv[-1], "here").touch()
         time.sleep(60)
-    train.survey = survey
+    commands.samples.survey = survey
 
 
 def wait_in_step():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from aquila import set_stage
+from commands import samples
 from data import collate
 from toy.scenes import make_records
 
@@ -56,14 +57,14 @@ def test_batches_split_one_stream_among_processes():
     lengths = [7, 3, 9, 1, 8, 2, 6, 4, 5, 0]
 
     def of(rank, world, start=0, micro=2):
-        return list(train.Batches(lengths, 4, micro, steps=5, start=start, seed=1, rank=rank, world=world))
+        return list(samples.Batches(lengths, 4, micro, steps=5, start=start, seed=1, rank=rank, world=world))
 
     one, two = of(0, 1), [of(r, 2) for r in range(2)]
     assert one == [micro for pair in zip(*two) for micro in pair]
     stream = [i for micro in one for i in micro]
     assert sorted(stream) == sorted([*range(10)] * 2) and set(stream[:8] + stream[8:12]) == set(range(10))
     assert stream[:8] != stream[12:]
-    assert of(0, 1, start=3) == one[6:] and len(train.Batches(lengths, 4, 2, 5, 3, 1, 0, 1)) == 4
+    assert of(0, 1, start=3) == one[6:] and len(samples.Batches(lengths, 4, 2, 5, 3, 1, 0, 1)) == 4
     for step in range(5):
         inside = [lengths[i] for i in stream[4 * step:4 * step + 4]]
         assert inside == sorted(inside)
@@ -76,7 +77,7 @@ def test_batches_split_one_stream_among_processes():
 def test_held_back_records_are_shared_out(n, micro, world):
     """Each once, in batches of at most `micro` of like length; every process has as many, no more than needed."""
     lengths = [(7 * i) % 11 for i in range(n)]
-    shares = [train.share_out(lengths, micro, rank, world) for rank in range(world)]
+    shares = [samples.share_out(lengths, micro, rank, world) for rank in range(world)]
     batches = [batch for turn in zip(*shares, strict=True) for batch in turn]
     assert sorted(sum(batches, [])) == list(range(n)) and max(map(len, batches)) <= micro
     assert len(shares[0]) == -(-n // (micro * world))
@@ -98,12 +99,12 @@ def test_the_published_recipe_is_the_papers():
 
 
 def test_built_in_records_are_of_their_share_of_scenes():
-    rows = train.built_in_records("aquila", 2, 8, 128)
+    rows = samples.built_in_records("aquila", 2, 8, 128)
     indices = {kind: [int(row["id"].split("-")[1]) for row in rows if row["id"].endswith(kind)]
                for kind in ("chat", "places", "numbers")}
     assert indices["chat"] == list(range(8, 16)) and indices["numbers"] == list(range(16, 32))
     assert 0 < len(indices["places"]) < 40 and set(indices["places"]) <= set(range(40, 80))
-    first = train.built_in_records("aquila", 1, 8, 128)
+    first = samples.built_in_records("aquila", 1, 8, 128)
     assert {row["id"].split("-")[2] for row in first} == {"c0", "c1", "c2", "c3", "c4", "places"}
 
 
