@@ -44,6 +44,7 @@ ROWS = {
     "concat-mda": Row("baseline + MDA", "concat", "whole", CONCAT),
     "sfi": Row("SFI", "concat", "whole", "--mda-layers none"),
     "whole": Row("SFI + MDA: the method", "sfi"),
+    "projector": Row("the coarsest map alone, no MDA: a projector", "concat", "only-32", "--mda-layers none"),
     "one-cell": Row("baseline + MDA of one cell a query", "concat", "one-cell", CONCAT),
     **{name: Row(says, "whole", name) for name, says in {
         "no-look": "MDA with the pyramid set to zero", "without-4": "without the map of stride 4",
