@@ -26,7 +26,7 @@ def build_parser(description=None):
     add("--images", default=".", help="folder that the image paths of --data start from (default: here)")
     add("--tasks", help="--scenes: what is asked (default caption,vqa, and region if the model reads masks)")
     add("--captions", action="store_true",
-        help="--score: every answer is a caption, not a question (FIT-RSFG's caption files do not say so)")
+        help="--score, --contract: every answer is a caption, not a question (FIT-RSFG's caption files do not say so)")
     add("--metrics", type=lambda text: text.lower().split(","), metavar="NAMES",
         help="of captions (default bleu,rouge-l,cider); figures are percent, CIDEr goes up to 1000")
     add("--blind", action="store_true", help="show the model a gray image instead")
