@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 import aquila
 import commands.model
 import commands.records
+import commands.samples
 import corpora.__main__
 import evaluate
 import pictures.gallery
@@ -493,9 +494,10 @@ def no_processes(data, num_workers=0, **options):
     return DataLoader(data, num_workers=min(num_workers, 0), **options)
 
 
-STUBS = ((train, "train", one_step), (train, "make_records", few_records), (train, "DataLoader", no_processes),
-         (evaluate, "make_records", few_records), (evaluate, "load_model", load_once),
-         (evaluate, "DataLoader", no_processes), (commands.records, "DataLoader", no_processes))
+STUBS = ((train, "train", one_step), (commands.samples, "make_records", few_records),
+         (commands.samples, "DataLoader", no_processes), (evaluate, "make_records", few_records),
+         (evaluate, "load_model", load_once), (evaluate, "DataLoader", no_processes),
+         (commands.records, "DataLoader", no_processes))
 
 KINDS = {                                   # (rng, empty folder) -> Case; Case -> nothing, or what is raised
     "records": (make_record, run_record), "images": (make_image, run_image), "masks": (make_mask, run_mask),
