@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, ROWS, assert_near, command_line
 from PIL import Image
 from safetensors.torch import load_file
+from test_survival import two_processes
 
 import train
 from aquila import set_stage
@@ -202,8 +203,8 @@ def test_two_processes_one_without_regions(data, tmp_path):
     assert command(*common, "--stage", 1, "--out", tmp_path / "start")[0] == 0
     flags = (*common, "--stage", 2, "--init-from", tmp_path / "start")
     assert command(*flags, "--out", tmp_path / "one")[0] == 0
-    code, err = torchrun_two(tmp_path / "logs", *flags, "--out", tmp_path / "two")
-    assert code == 0, err
+    both = two_processes(tmp_path, *flags, "--out", tmp_path / "two", "--workers", 0)
+    assert [process.end() for process in both] == [(0, "")] * 2
     one, two = (load_file(tmp_path / k / "model.safetensors") for k in ("one", "two"))
     assert_near(AS_ONE, drifted(one, two), 1e-4)
 
