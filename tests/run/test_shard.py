@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
 
     second = "tiny", 2, "--init-from", out / "1", "--lora-dropout", 0.5
     third = "tiny-plus", 3, "--init-from", out / "plus", "--full-llm", "--val", out / "val.jsonl", "--val-every", 1
-    lines = [flags("1", "tiny", 1), flags("1 cut", "tiny", 1, "--shard"),
+    lines = [flags("1", "tiny", 1, steps=1),
              flags("2", *second), flags("2 cut", *second, "--shard", "--grad-checkpoint"),
              flags("plus", "tiny-plus", 1, steps=1),
              flags("3", *third, steps=3), flags("3 cut", *third, "--shard", steps=3)]
@@ -80,11 +80,12 @@ def drifted(one, two):
     return length(one[k] - two[k] for k in one) / length(one.values())
 
 
-@pytest.mark.parametrize("whole, cut", [("1", "1 cut"), ("2", "2 cut"), ("3", "3 cut"), ("3", "3 in turn")])
+@pytest.mark.parametrize("whole, cut", [("2", "2 cut"), ("3", "3 cut"), ("3", "3 in turn")])
 def test_it_trains_as_one_that_is_not_cut(runs, whole, cut):
     """
-    Stages 1, 2 (recomputing its layers) and 3 with all of the LM, accumulating, one process without an image; cut in
-    one of three steps, with a resume before and after it. Adam forgives a factor, the norm in the log does not.
+    Stage 2 (recomputing its layers; it trains all that stage 1 does) and stage 3 with all of the LM, accumulating, one
+    process without an image; cut in one of three steps, with a resume before and after it. Adam forgives a factor, the
+    norm in the log does not.
     """
     last = [max((runs / name).glob("step-*")) for name in (whole, cut)]
     assert sorted(path.name for path in last[0].iterdir()) == sorted(path.name for path in last[1].iterdir())
