@@ -252,15 +252,15 @@ def run(args, device):
     model, tokenizer = together(lambda: open_model(args, device))
     if args.image:
         return ask(model, tokenizer, args)
-    records = [] if jobs else together(lambda: other_records(args, model.config))
-    for some in [records, *(records for _, records, _ in jobs.values())]:
-        from_first(partial(check_room, model, tokenizer, some, args))
+    lists = [records for _, records, _ in jobs.values()] or [together(lambda: other_records(args, model.config))]
+    for records in lists:
+        from_first(partial(check_room, model, tokenizer, records, args))
     file = together(lambda: PartialFile(f"{args.out}.partial", args.overwrite)
                     if args.out and rank_and_world()[0] == 0 else None)
     if jobs:
         run_benchmarks(model, tokenizer, jobs, args, file)
     else:
-        print_table(answer_columns(model, tokenizer, records, args.images, args, file, args.out))
+        print_table(answer_columns(model, tokenizer, lists[0], args.images, args, file, args.out))
     if file:
         os.remove(file.path)
 

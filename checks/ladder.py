@@ -44,6 +44,7 @@ ROWS = {
     "concat-mda": Row("baseline + MDA", "concat", "whole", CONCAT),
     "sfi": Row("SFI", "concat", "whole", "--mda-layers none"),
     "whole": Row("SFI + MDA: the method", "sfi"),
+    # SFI of one cell a query: its softmax is 1, so W_O (Q + W_V x) is what is left.
     "projector": Row("the coarsest map alone, no MDA: a projector", "concat", "only-32", "--mda-layers none"),
     "one-cell": Row("baseline + MDA of one cell a query", "concat", "one-cell", CONCAT),
     **{name: Row(says, "whole", name) for name, says in {

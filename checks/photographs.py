@@ -118,9 +118,10 @@ def by_row(files):
 
 
 def compare(args):
-    images = {path: [row.get("image") for _, row in read_predictions(path)] for path in args.files}
-    for path, named in images.items():
-        if named != images[args.files[0]]:
+    answers = {path: [row for _, row in read_predictions(path)] for path in args.files}
+    images = {path: [row.get("image") for row in rows] for path, rows in answers.items()}
+    for path in args.files:
+        if images[path] != images[args.files[0]]:
             raise ValueError(f"{path}: its rows are not of the photographs of {args.files[0]}, in the same order")
     known = {record["conversations"][1]["value"].strip() for record in read_corpus("rsicd", args.root)}
     print(f"{'':34}{'seeds':>6}{'BLEU-1':>8}{'first':>8}{'p':>7}{'different':>11}{'copies':>8}")
@@ -128,7 +129,7 @@ def compare(args):
     found = {path: summary(path) for path in args.files}
     first = next(iter(rows.values()))
     for name, seeds in rows.items():
-        said = [[row["prediction"].strip() for _, row in read_predictions(path)] for path in seeds.values()]
+        said = [[row["prediction"].strip() for row in answers[path]] for path in seeds.values()]
         mean = lambda values: np.mean(list(values))
         pairs = [(found[path], found[seeds.get(seed, seeds.get(""))]) for seed, path in first.items()
                  if seed in seeds or "" in seeds]

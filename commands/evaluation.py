@@ -68,7 +68,7 @@ def build_parser(description=None):
 
 
 GO_WITH = {                                 # flags of some ways to ask alone: they would change nothing in others
-    ("scenes",): ("tasks",), ("scenes", "benchmark"): ("split",), ("data",): ("images",),
+    ("scenes",): ("tasks",), ("scenes", "benchmark", "score"): ("split",), ("data",): ("images",),
     ("score", "contract"): ("captions",),
     ("benchmark",): ("root", "sanity", "leave_out", "raw_answers"),
     ("image",): ("ask", "mask", "temperature", "top_p", "seed"),
@@ -84,12 +84,12 @@ def check_args(args):
     if len(chosen) != 1 and chosen != ["benchmark", "score"]:
         raise ValueError("give one of --scenes, --benchmark, --data, --score, --contract or --image with --ask; "
                          f"got {chosen or 'none'}")
-    defaults = build_parser().parse_args([])
+    way, defaults = "score" if args.score else chosen[0], build_parser().parse_args([])
     for ways, flags in GO_WITH.items():
         for flag in flags:
-            if getattr(args, flag) != getattr(defaults, flag) and not {*ways} & {*chosen}:
-                raise ValueError(f"--{flag.replace('_', '-')} goes with --{' or --'.join(ways)}, not with "
-                                 f"--{chosen[0]}; leave it out")
+            if getattr(args, flag) != getattr(defaults, flag) and way not in ways:
+                raise ValueError(f"--{flag.replace('_', '-')} goes with --{' or --'.join(ways)}, not with --{way}; "
+                                 "leave it out")
     if args.image and args.ask is None:
         raise ValueError("--image needs --ask, a question")
     if args.score and args.benchmark not in (None, *BENCHMARKS):

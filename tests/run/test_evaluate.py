@@ -378,6 +378,7 @@ def test_a_model_without_regions_refuses_a_mask(model, tmp_path):
     (("--model", "x", "--scenes", 1, "--mask", "m.png"), "--mask goes with --image, not with --scenes; leave it out"),
     (("--model", "x", "--data", "x", "--temperature", 0.7), "--temperature goes with --image"),
     (("--model", "x", "--data", "x", "--split", "val"), "--split goes with --scenes or --benchmark"),
+    (("--score", "p.jsonl", "--benchmark", "rsicd", "--out", "q.jsonl"), "--out goes with --scenes"),
     (("--model", "x", "--scenes", 1, "--leave-out", "count"), "--leave-out goes with --benchmark"),
     (("--score", "p.jsonl", "--blind"), "--blind goes with --scenes or --benchmark or --data, not with --score"),
     (("--benchmark", "rsicd", "--root", "x"), "give --model"), (("--scenes", 1, "--sanity"), "--sanity goes with"),

@@ -5,11 +5,13 @@ tells a difference from none.
     pytest tests/run/test_ladder.py
 """
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from aquila import IMAGE_SLOT, PRESETS, Aquila, build
@@ -97,6 +99,15 @@ def test_kept_maps_give_the_same_answers(tmp_path, monkeypatch):
     assert model.bfloat16().encode_images(data.collate([rows[0]])["images"])[0].dtype == torch.bfloat16
     rows.config = dataclasses.replace(model.config, image_size=64)
     assert 4 * rows[0]["images"].numel() == row_size                               # another size, other maps
+    for folder, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (64, 32), color).save(tmp_path / folder / "x.png")
+    config, wide = model.config, dataclasses.replace(model.config, fit="letterbox")
+    of = lambda folder, config: data.load_pixels({"image": "x.png"}, tmp_path / folder, config)[0]
+    different = of("a", config), of("b", config), of("a", wide)                  # other folders, other fit
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(different, 2))
+    with pytest.raises(ValueError, match="one image a record"):
+        data.load_pixels({}, tmp_path, config)
 
 
 def test_figures_are_the_scorers(tmp_path):
